@@ -1,0 +1,81 @@
+"""Which implementation of an op runs, and why.
+
+Every op has a plain-PyTorch reference that is its definition. `choose` says what runs instead:
+
+  reference   the definition: when forced, on devices without kernels (meta, mps, xpu, a GPU without Triton)
+  cpu         vectorised torch or Rust
+  triton      CUDA and ROCm GPUs; on CPU tensors only under TRITON_INTERPRET=1 and only when forced
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from archzoo.errors import InputError, UnknownNameError
+
+BACKENDS = ("auto", "reference", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise UnknownNameError("backend", name, BACKENDS)
+    return name
+
+
+# A plain global, so that torch.compile guards on it. Shared by all threads.
+_forced = _known(os.environ.get("ARCHZOO_BACKEND") or "auto")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend ("auto", "reference" or "triton") inside a `with` block; ARCHZOO_BACKEND sets the default."""
+    global _forced
+    previous, _forced = _forced, _known(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _decide(tensor: torch.Tensor) -> tuple[str, str]:
+    kind = tensor.device.type
+    if _forced == "reference":
+        return "reference", "it is forced"
+    if _forced == "triton":
+        if not HAS_TRITON:
+            return "", "triton is not installed"
+        if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
+            return "", f"the tensor is on '{kind}' (CPU tensors need TRITON_INTERPRET=1, set before the first import)"
+        if tensor.dtype == torch.float64:
+            return "", "Triton kernels compute in float32 and the tensor is float64"
+        return "triton", "it is forced"
+    if kind == "cpu":
+        return "cpu", "the tensor is on the CPU"
+    if kind != "cuda":
+        return "reference", f"there are no kernels for device '{kind}'"
+    if not HAS_TRITON:
+        return "reference", "triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "reference", "Triton kernels compute in float32 and the tensor is float64"
+    return "triton", "the tensor is on a GPU"
+
+
+def choose(tensor: torch.Tensor) -> str:
+    """The backend for an op on this tensor: "reference", "cpu" or "triton"."""
+    name, reason = _decide(tensor)
+    if not name:
+        raise InputError(f"backend 'triton' is forced, but {reason}")
+    return name
+
+
+def why(tensor: torch.Tensor) -> str:
+    """One line that says which backend is taken for this tensor and why."""
+    name, reason = _decide(tensor)
+    return f"{name}: {reason}" if name else f"none: backend 'triton' is forced, but {reason}"
