@@ -1,0 +1,1 @@
+//! Sharded safetensors checkpoints: validated reads, atomic writes.

@@ -1,0 +1,25 @@
+//! The native module `archzoo._rust`: thin bindings, all work done with the interpreter released.
+
+mod gate;
+mod pool;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _rust {
+    use super::*;
+
+    #[pymodule_export]
+    use super::gate::gate;
+
+    /// The vector instructions in use: "baseline", "avx2" or "avx512".
+    #[pyfunction]
+    fn instruction_set() -> &'static str {
+        archzoo_router::InstructionSet::current().name()
+    }
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}
