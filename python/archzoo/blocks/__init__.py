@@ -1,0 +1,1 @@
+"""Blocks: one file each, owning config, module, decode state and cost."""

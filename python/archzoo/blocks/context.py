@@ -1,0 +1,94 @@
+"""What every layer of one forward call shares: positions, masks, rotary tables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from archzoo.blocks.rope import RopeConfig
+from archzoo.cache import Timeline
+
+
+class Context:
+    """One call's tokens: where they stand and which keys they may see.
+
+    positions [B, T] int64, -1 for padding, or None when token t of every row stands at `start + t`
+    (the dense case: no padding, no packing). seq_idx [B, T] separates packed sequences. With a
+    timeline the keys are its slots (the new tokens included), else the new tokens themselves.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        positions: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.batch, self.length = shape
+        self.device = device
+        self.seq_idx, self.timeline = seq_idx, timeline
+        self.start = timeline.length if timeline is not None else 0
+        if positions is None and timeline is not None and not timeline.dense:
+            positions = timeline.next_positions() + torch.arange(self.length, device=device)
+        self.positions = positions
+        if timeline is not None:
+            timeline.append(self.length, positions)
+        self._ropes: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int | None, Tensor] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of key slots."""
+        return self.start + self.length
+
+    @property
+    def dense(self) -> bool:
+        return self.positions is None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """[B, T] False at padding; None when there is none."""
+        return None if self.positions is None else self.positions >= 0
+
+    def rope(self, config: RopeConfig, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, dim/2] or [B, T, dim/2] of the new tokens."""
+        key = (config, dim, dtype)
+        if key not in self._ropes:
+            positions = self.positions
+            if positions is None:
+                positions = torch.arange(self.start, self.total, device=self.device)
+            self._ropes[key] = config.table(positions, dim, dtype)
+        return self._ropes[key]
+
+    @property
+    def plain_causal(self) -> bool:
+        """True when queries and keys are the same dense tokens."""
+        return self.dense and self.seq_idx is None and self.start == 0
+
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """True where query t may see key s: [T, S] or [B, 1, T, S]; None when it sees all of them.
+
+        `window` w keeps keys with position > query - w (w includes the query itself).
+        """
+        if self.dense and self.length == 1 and (window is None or self.total <= window):
+            return None
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> Tensor:
+        if self.positions is None:
+            query = torch.arange(self.start, self.total, device=self.device)[:, None]
+            key = torch.arange(self.total, device=self.device)[None]
+            seen = key <= query
+        else:
+            query = self.positions[:, None, :, None]
+            slots = self.positions if self.timeline is None else self.timeline.positions()
+            key = slots[:, None, None, :]
+            seen = (key <= query) & (key >= 0)
+        if window is not None:
+            seen = seen & (key > query - window)
+        if self.seq_idx is not None:
+            seen = seen & (self.seq_idx[:, None, :, None] == self.seq_idx[:, None, None, :])
+        return seen

@@ -1,0 +1,1 @@
+"""Depth policies, one file each."""

@@ -1,0 +1,152 @@
+"""A model's folder: config files and weights, read all or nothing, written atomically."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archzoo.checkpoint.families import families
+from archzoo.checkpoint.keymap import Family
+from archzoo.checkpoint.shards import Reader, atomic_folder, write_shards
+from archzoo.configuration import ModelConfig
+from archzoo.errors import ArchzooError, CheckpointError, ConfigError
+
+
+def read_config(folder: str | Path) -> tuple[ModelConfig, Family]:
+    """The config of a folder and the family whose layout it has."""
+    folder = Path(folder)
+    files = _json_files(folder)
+    claimed = [f for f in families().values() if f.claims(files)]
+    if not claimed:
+        found = files["config.json"].get("model_type")
+        raise CheckpointError(
+            f"{folder}: model_type '{found}' is not supported; known families: {', '.join(sorted(families()))}"
+        )
+    family = claimed[0]
+    try:
+        data = family.read(files)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: the config files lack the key {error} of family '{family.name}'") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    data = {"name": folder.name, **data, "family": family.name}
+    return ModelConfig.from_dict(data, str(folder / "config.json")), family
+
+
+def _json_files(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    files = {}
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            files[path.name] = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(files[path.name], dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
+    if "config.json" not in files:
+        raise CheckpointError(f"{folder}: no config.json")
+    return files
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by native name; a tied head appears once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]:
+    """File tensor name -> region of the model, once everything fits: names both ways and all shapes."""
+    wanted: dict[str, Tensor] = {}
+    for name, tensor in _tensors(model).items():
+        wanted.update(family.regions(name, tensor))
+    stored = set(reader.keys())
+    tied = getattr(model, "lm_head", None) is None
+    extra = [k for k in sorted(stored - set(wanted)) if not family.drops(k) and not (tied and k == "lm_head.weight")]
+    missing = sorted(set(wanted) - stored)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{reader.path}: tensor '{missing[0]}'{more} of family '{family.name}' is missing")
+    if extra:
+        _, _, file = reader.info(extra[0])
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
+    for name, region in wanted.items():
+        _, shape, file = reader.info(name)
+        if shape != tuple(region.shape):
+            raise CheckpointError(
+                f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(region.shape)}"
+            )
+    return wanted
+
+
+def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
+    """Give every parameter of a `meta` model the dtype that is stored for it."""
+    match(model, reader, family)
+    for name, tensor in _tensors(model).items():
+        stored = {reader.info(key)[0] for key, _ in family.regions(name, tensor)}
+        if len(stored) == 1:
+            tensor.data = tensor.data.to(stored.pop())
+
+
+@torch.no_grad()
+def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
+    """Fill the model; checks everything first."""
+    direct: dict[str, Tensor] = {}
+    for name, region in match(model, reader, family).items():
+        dtype, shape, _ = reader.info(name)
+        if region.dtype == dtype and region.device.type == "cpu" and region.is_contiguous():
+            direct[name] = region
+        else:
+            region.copy_(reader.read(name))
+    reader.read_into(direct)
+
+
+def write_model(
+    model: nn.Module,
+    folder: str | Path,
+    max_shard_size: int | str,
+    extra_files: dict[str, bytes] | None = None,
+) -> None:
+    """config files, weights and `extra_files` (tokenizer and the like) as one atomic folder."""
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    family = _family_for(config)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _tensors(model).items():
+        tensors.update(family.regions(name, tensor.detach()))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    with atomic_folder(folder) as tmp:
+        for file, content in family.write(config).items():
+            if file == "config.json":
+                content = {**content, "torch_dtype": dtype}
+            (tmp / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file, raw in (extra_files or {}).items():
+            (tmp / file).write_bytes(raw)
+        write_shards(tensors, tmp, max_shard_size)
+
+
+def _family_for(config: ModelConfig) -> Family:
+    """The config's family if its files can hold the config; else the zoo's own, with a warning."""
+    known = families()
+    family = known.get(config.family)
+    if family is None:
+        raise ConfigError(f"family '{config.family}': expected one of {', '.join(sorted(known))}")
+    try:
+        again = ModelConfig.from_dict(json.loads(json.dumps(family.read(family.write(config)))))
+        fits = again.specs == config.specs and _outer(again) == _outer(config)
+    except (AssertionError, StopIteration, ArchzooError):
+        fits = False
+    if not fits:
+        warnings.warn(
+            f"the '{family.name}' layout cannot hold this config; writing the zoo's own layout instead", stacklevel=4
+        )
+        return known["archzoo"]
+    return family
+
+
+def _outer(config: ModelConfig) -> dict[str, Any]:
+    return config.model_dump(exclude={"name", "source", "family", "layers"})

@@ -1,0 +1,56 @@
+"""Scaled dot-product attention over grouped heads, softmax in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.ops.backend import choose
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """softmax(q kT * scale) v: q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] -> [B, H, T, E].
+
+    Query head i reads key head i // (H / G). `mask` is True where a key is seen ([T, S] or
+    [B, 1, T, S]); `causal` is the lower triangle of T == S. A query that sees nothing gives 0.
+    """
+    backend = choose(q)
+    if backend == "reference":
+        return _reference(q, k, v, scale, mask, causal)
+    if q.shape[2] == 1 and mask is None and backend == "cpu":
+        return _decode(q, k, v, scale)
+    if k.shape[1] != q.shape[1]:
+        rep = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
+) -> Tensor:
+    rep = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+        blind = ~mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(blind, 0.0)  # avoids NaN; the row is zeroed below
+        return (scores.softmax(-1).to(v.dtype) @ v).masked_fill(blind, 0.0)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One query per row: the H / G queries of a group are the rows of one small product."""
+    b, h, _, d = q.shape
+    g, s = k.shape[1], k.shape[2]
+    rows = q.reshape(b, g, h // g, d) * scale
+    scores = rows @ k.transpose(-1, -2)
+    probs = scores.softmax(-1, dtype=torch.float32 if q.dtype != torch.float64 else None).to(v.dtype)
+    del s
+    return (probs @ v).reshape(b, h, 1, v.shape[-1])

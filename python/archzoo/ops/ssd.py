@@ -1,0 +1,141 @@
+"""State-space duality (Mamba-2, 2405.21060): the scan S_t = exp(a_t) S_{t-1} + x_t B_t', y_t = S_t C_t.
+
+a_t = dt_t * A <= 0 is a log-decay per head, x is already multiplied by dt. Head i of H reads B of
+group i // (H / GB) and C of group i // (H / GC). States are fp32 (fp64 for fp64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.ops.backend import choose
+
+CHUNK = 64  # tokens per chunk; any value gives the same result, this one is the fastest measured
+
+
+def segsum(a: Tensor) -> Tensor:
+    """[..., Q] -> [..., Q, Q] with [i, j] = sum of a over j < k <= i, -inf above the diagonal."""
+    q = a.shape[-1]
+    strict = torch.ones(q, q, dtype=torch.bool, device=a.device).tril(-1)
+    parts = a[..., None].expand(*a.shape, q).masked_fill(~strict, 0)
+    return parts.cumsum(-2).masked_fill(~strict.fill_diagonal_(True), float("-inf"))
+
+
+def ssd(
+    x: Tensor,
+    a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = CHUNK,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, P] and the final state [B, H, P, N] of the scan, chunk by chunk as matrix products.
+
+    x [B, T, H, P], a [B, T, H], B [B, T, GB, N], C [B, T, GC, N], state [B, H, P, N] or None (zeros).
+    seq_idx [B, T] int resets the state where it changes (packed sequences; no initial state then).
+    """
+    if choose(x) == "reference":
+        return _reference(x, a, B, C, state, seq_idx)
+    return _chunked(x, a, B, C, chunk_size, state, seq_idx)
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:
+    return t.repeat_interleave(heads // t.shape[2], 2) if t.shape[2] != heads else t
+
+
+def _reference(
+    x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token at a time: the definition."""
+    b, t, h, p = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xf, af = x.to(wide), a.to(wide)
+    Bh, Ch = _heads(B, h).to(wide), _heads(C, h).to(wide)
+    s = xf.new_zeros(b, h, p, B.shape[-1]) if state is None else state.to(wide)
+    ys = []
+    for i in range(t):
+        decay = af[:, i].exp()
+        if seq_idx is not None and i > 0:
+            decay = decay * (seq_idx[:, i] == seq_idx[:, i - 1])[:, None]
+        s = decay[..., None, None] * s + xf[:, i, :, :, None] * Bh[:, i, :, None, :]
+        ys.append((s * Ch[:, i, :, None, :]).sum(-1))
+    y = torch.stack(ys, 1) if ys else xf
+    return y.to(x.dtype), s
+
+
+def _chunked(
+    x: Tensor,
+    a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    b, t, h, p = x.shape
+    n, gb, gc = B.shape[-1], B.shape[2], C.shape[2]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    q = min(chunk_size, max(t, 1))
+    pad = -t % q
+    if pad:  # zeros neither decay nor add: the final state does not change
+        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, B, C))
+        a = F.pad(a, (0, 0, 0, pad))
+        if seq_idx is not None:
+            seq_idx = torch.cat((seq_idx, seq_idx[:, -1:].expand(-1, pad)), 1)
+    c = x.shape[1] // q
+    x, B, C = (v.to(wide).unflatten(1, (c, q)).transpose(2, 3) for v in (x, B, C))  # [b, c, heads, q, .]
+    # Differences of long sums lose digits, so the sums are fp64; they are small beside the products.
+    acum = a.unflatten(1, (c, q)).transpose(2, 3).double().cumsum(-1)  # [b, c, h, q]
+    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
+    decay = (acum[..., :, None] - acum[..., None, :]).masked_fill(~causal, float("-inf")).to(wide).exp()
+    to_end = (acum[..., -1:] - acum).to(wide).exp()  # [b, c, h, q]
+    from_start = acum.to(wide).exp()
+    whole = from_start[..., -1]  # [b, c, h]
+    if seq_idx is not None:
+        ids = seq_idx.unflatten(1, (c, q))
+        last = ids[..., -1:]
+        before = F.pad(last[:, :-1, 0], (1, 0), value=-1)[..., None]  # sequence of the incoming state
+        decay = decay * (ids[..., :, None] == ids[..., None, :])[:, :, None]
+        to_end = to_end * (ids == last)[:, :, None]
+        from_start = from_start * (ids == before)[:, :, None]
+        whole = whole * (last == before)
+
+    groups = max(gb, gc)
+    Bg, Cg = B.repeat_interleave(groups // gb, 2), C.repeat_interleave(groups // gc, 2)
+    scores = Cg @ Bg.transpose(-1, -2)
+    if groups != h:
+        scores = scores.repeat_interleave(h // groups, 2)
+    y = (scores * decay) @ x  # inside each chunk
+
+    # What each chunk adds to the state: one product per group of B, its heads side by side.
+    weighted = (x * to_end[..., None]).unflatten(2, (gb, h // gb)).transpose(3, 4).flatten(4)
+    added = B.transpose(-1, -2) @ weighted  # [b, c, gb, n, h/gb * p]
+    added = added.unflatten(-1, (h // gb, p)).permute(0, 1, 2, 4, 3, 5).flatten(2, 3)  # [b, c, h, n, p]
+    s = x.new_zeros(b, h, n, p) if state is None else state.to(wide).transpose(-1, -2)
+    entering = []
+    for i in range(c):
+        entering.append(s)
+        s = torch.addcmul(added[:, i], s, whole[:, i, :, None, None])
+    if c:
+        incoming = torch.stack(entering, 1)  # [b, c, h, n, p]
+        side = incoming.unflatten(2, (gc, h // gc)).transpose(3, 4).flatten(4)
+        carried = (C @ side).unflatten(-1, (h // gc, p)).transpose(3, 4).flatten(2, 3)
+        y = torch.addcmul(y, carried, from_start[..., None])
+    y = y.transpose(2, 3).flatten(1, 2)[:, :t]
+    return y.to(x.dtype), s.transpose(-1, -2)
+
+
+def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """One token: y [B, H, P] from x [B, H, P], a [B, H], B [B, GB, N], C [B, GC, N]; state in place."""
+    b, h, p, n = state.shape
+    wide = state.dtype
+    Bh = B.repeat_interleave(h // B.shape[1], 1) if B.shape[1] != h else B
+    Ch = C.repeat_interleave(h // C.shape[1], 1) if C.shape[1] != h else C
+    flat = state.view(b * h, p, n)
+    flat.mul_(a.to(wide).exp().view(b * h, 1, 1))
+    flat.baddbmm_(x.to(wide).reshape(b * h, p, 1), Bh.to(wide).reshape(b * h, 1, n))
+    y = torch.bmm(flat, Ch.to(wide).reshape(b * h, n, 1))
+    return y.view(b, h, p).to(x.dtype)

@@ -1,0 +1,121 @@
+"""Find, configure, build, load and save models."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from archzoo import checkpoint
+from archzoo.configuration import ModelConfig
+from archzoo.costs import Cost
+from archzoo.costs import cost as config_cost
+from archzoo.errors import InputError, UnknownNameError
+from archzoo.model import CausalLM
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@cache
+def _files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((CONFIGS / "models").glob("**/*.toml"))}
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Short names and the full variant each points at."""
+    found: dict[str, str] = tomllib.loads((CONFIGS / "aliases.toml").read_text(encoding="utf-8"))
+    return found
+
+
+def list_models(pattern: str = "*", *, with_aliases: bool = True) -> list[str]:
+    """Names that match a shell wildcard, in natural order."""
+    names = [*_files(), *(aliases() if with_aliases else ())]
+    hits = [name for name in names if fnmatch.fnmatch(name, pattern)]
+    return sorted(hits, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+
+
+def config(name: str) -> ModelConfig:
+    """The frozen, validated config of a registered model, or of a TOML file when `name` is a path."""
+    if name.endswith(".toml"):
+        return ModelConfig.from_toml(name)
+    full = aliases().get(name, name)
+    if full not in _files():
+        raise UnknownNameError("model", name, [*_files(), *aliases()])
+    return _registered(full)
+
+
+@cache
+def _registered(name: str) -> ModelConfig:
+    return ModelConfig.from_toml(_files()[name])
+
+
+def cost(
+    model: str | ModelConfig, seq_len: int = 4096, batch_size: int = 1, dtype: str = "bfloat16"
+) -> Cost:
+    """Parameters, FLOPs and bytes of a model, by name or config; a pure function of the config."""
+    cfg = config(model) if isinstance(model, str) else model
+    return config_cost(cfg, seq_len, batch_size, dtype)
+
+
+def build(
+    model: str | ModelConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> CausalLM:
+    """A freshly initialised model (seeded); device="meta" allocates nothing."""
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype must be a floating-point type, found {dtype}")
+    cfg = config(model) if isinstance(model, str) else model
+    built = _skeleton(cfg, dtype)
+    if torch.device(device).type != "meta":
+        built.to_empty(device=device)
+        built.init_weights(seed)
+    return built
+
+
+def _skeleton(cfg: ModelConfig, dtype: torch.dtype) -> CausalLM:
+    """The module on `meta`: shapes only."""
+    with torch.device("meta"):
+        model = CausalLM(cfg)
+        keep = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        model = model.to(dtype)
+        for name, buffer in model.named_buffers():  # router biases stay fp32
+            buffer.data = buffer.data.to(keep[name])
+    return model
+
+
+def load(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> CausalLM:
+    """The model of any supported Hugging Face folder; the family is found from its files.
+
+    dtype None keeps the stored one. All or nothing: an error leaves no half-loaded model.
+    """
+    cfg, family = checkpoint.read_config(folder)
+    reader = checkpoint.open(folder)
+    model = _skeleton(cfg, dtype or torch.float32)
+    if dtype is None:
+        checkpoint.adopt_dtypes(model, reader, family)
+    else:
+        checkpoint.match(model, reader, family)
+    model.to_empty(device=device)
+    checkpoint.read_into(model, reader, family)
+    return model.eval()
+
+
+def save(
+    model: CausalLM,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = "4GB",
+    extra_files: dict[str, bytes] | None = None,
+) -> None:
+    """Write a Hugging Face style folder, key for key, atomically: the old folder stays until it is whole."""
+    checkpoint.write_model(model, folder, max_shard_size=max_shard_size, extra_files=extra_files)
