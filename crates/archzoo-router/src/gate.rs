@@ -385,6 +385,7 @@ impl Groups {
     }
 }
 
+/// The largest and the second largest; -inf where there are fewer.
 #[inline(always)]
 fn two_best(values: &[f32]) -> (f32, f32) {
     const N: usize = 8;
@@ -392,21 +393,36 @@ fn two_best(values: &[f32]) -> (f32, f32) {
     let mut second = [f32::NEG_INFINITY; N];
     let (rows, rest) = values.as_chunks::<N>();
     for row in rows {
-        for i in 0..N {
-            second[i] = math::larger(second[i], math::smaller(first[i], row[i]));
-            first[i] = math::larger(first[i], row[i]);
-        }
+        add(&mut first, &mut second, row);
     }
-    for (i, &value) in rest.iter().enumerate() {
-        second[i] = math::larger(second[i], math::smaller(first[i], value));
-        first[i] = math::larger(first[i], value);
+    if !rest.is_empty() {
+        let mut last = [f32::NEG_INFINITY; N];
+        last[..rest.len()].copy_from_slice(rest);
+        add(&mut first, &mut second, &last);
     }
-    for half in [4, 2, 1] {
-        for i in 0..half {
-            let (a, b) = (first[i], first[i + half]);
-            first[i] = math::larger(a, b);
-            second[i] = math::larger(math::smaller(a, b), math::larger(second[i], second[i + half]));
-        }
+    let (first, second) = halve::<8, 4>(first, second);
+    let (first, second) = halve::<4, 2>(first, second);
+    let ([first], [second]) = halve::<2, 1>(first, second);
+    (first, second)
+}
+
+/// Adds a value to the two best of each lane.
+#[inline(always)]
+fn add<const N: usize>(first: &mut [f32; N], second: &mut [f32; N], row: &[f32; N]) {
+    for ((second, first), &value) in second.iter_mut().zip(&*first).zip(row) {
+        *second = math::larger(*second, math::smaller(*first, value));
     }
-    (first[0], second[0])
+    for (first, &value) in first.iter_mut().zip(row) {
+        *first = math::larger(*first, value);
+    }
+}
+
+/// The two best of each lane and the lane `H` further.
+#[inline(always)]
+fn halve<const N: usize, const H: usize>(first: [f32; N], second: [f32; N]) -> ([f32; H], [f32; H]) {
+    let next = |i: usize| math::larger(second[i], second[i + H]);
+    (
+        std::array::from_fn(|i| math::larger(first[i], first[i + H])),
+        std::array::from_fn(|i| math::larger(math::smaller(first[i], first[i + H]), next(i))),
+    )
 }

@@ -1,5 +1,9 @@
 //! The `k` largest of a row, in descending order, the lowest index first among equals.
 
+use std::hint::black_box;
+
+use crate::math::{LANES, larger, smaller};
+
 /// Most candidates that are ranked by counting; more are sorted.
 const CANDIDATES: usize = 32;
 
@@ -20,35 +24,36 @@ pub fn top_k<const W: usize>(values: &[f32], found: &mut [u32]) {
     let mut column_max = [f32::NEG_INFINITY; W];
     for row in rows {
         for (best, &value) in column_max.iter_mut().zip(row) {
-            *best = crate::math::larger(*best, value);
+            *best = larger(*best, value);
         }
     }
-    let mut larger = [0u32; W];
-    for other in column_max {
-        for (count, &own) in larger.iter_mut().zip(&column_max) {
+    let mut above = [0u32; W];
+    // The opaque length keeps the counts in lanes: unrolled, each would become a sum across lanes.
+    for &other in &column_max[..black_box(W)] {
+        for (count, &own) in above.iter_mut().zip(&column_max) {
             *count += u32::from(other > own);
         }
     }
     let mut bound = f32::INFINITY;
-    for (&count, &own) in larger.iter().zip(&column_max) {
-        bound = crate::math::smaller(bound, if (count as usize) < k { own } else { f32::INFINITY });
+    for (&count, &own) in above.iter().zip(&column_max) {
+        bound = smaller(bound, if (count as usize) < k { own } else { f32::INFINITY });
     }
 
     let mut candidates = [f32::NEG_INFINITY; CANDIDATES];
     let mut indices = [0u32; CANDIDATES];
     let mut n = 0;
-    for (row_index, row) in rows.iter().enumerate() {
+    for (word, part) in values.chunks(64).enumerate() {
         let mut mask = 0u64;
-        for (column, &value) in row.iter().enumerate() {
-            mask |= if value >= bound { 1 << column } else { 0 };
+        for (i, lanes) in part.as_chunks::<LANES>().0.iter().enumerate() {
+            mask |= u64::from(reaching(lanes, bound)) << (i * LANES);
         }
         if n + mask.count_ones() as usize > CANDIDATES {
             return sort(values, found);
         }
         while mask != 0 {
-            let index = row_index * W + mask.trailing_zeros() as usize;
-            candidates[n] = values[index];
-            indices[n] = index as u32;
+            let index = mask.trailing_zeros() as usize;
+            candidates[n] = part[index];
+            indices[n] = (word * 64 + index) as u32;
             n += 1;
             mask &= mask - 1;
         }
@@ -59,6 +64,27 @@ pub fn top_k<const W: usize>(values: &[f32], found: &mut [u32]) {
         ordered[place as usize % CANDIDATES] = index;
     }
     found.copy_from_slice(&ordered[..k]);
+}
+
+/// Bit `i` says whether lane `i` is at least `bound`.
+#[inline(always)]
+fn reaching(lanes: &[f32; LANES], bound: f32) -> u16 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_mm_cmpge_ps, _mm_movemask_ps, _mm_set1_ps, _mm_setr_ps};
+        // SAFETY: SSE2 is part of x86-64.
+        #[allow(unused_unsafe)]
+        return unsafe {
+            let bound = _mm_set1_ps(bound);
+            let four = |i: usize| {
+                let four = _mm_setr_ps(lanes[i], lanes[i + 1], lanes[i + 2], lanes[i + 3]);
+                _mm_movemask_ps(_mm_cmpge_ps(four, bound)) << i
+            };
+            (four(0) | four(4) | four(8) | four(12)) as u16
+        };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    lanes.iter().enumerate().fold(0, |mask, (i, &value)| mask | u16::from(value >= bound) << i)
 }
 
 /// For each of the first `n` candidates, how many come before it.
