@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from archzoo.distill.losses import linear_distill_loss
 from archzoo.ops.linear_loss import chunk_rows, linear_cross_entropy
 
 N, D, V = 101, 12, 53
@@ -131,6 +132,19 @@ def test_peak_memory_is_chunk_sized() -> None:
         torch.autograd.backward(plain(hidden, weight, labels))
     assert chunked.bytes <= bound
     assert whole.bytes >= 4 * rows * vocab > 10 * bound  # the meter does see stored logits
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd++", "skewed_reverse_kl"])
+def test_peak_memory_of_distillation(kind: str) -> None:
+    """The same with a teacher: nothing of the size of the logits [N, V] is ever made."""
+    rows, d, vocab, chunk = 1024, 8, 1024, 32
+    x = torch.randn(1, rows, d, requires_grad=True)
+    w = torch.randn(vocab, d, requires_grad=True)
+    labels = torch.randint(vocab, (1, rows))
+    with LargestTensor() as meter:
+        loss = linear_distill_loss(x, w, x.detach(), w.detach(), labels, kind, ce_weight=1.0, chunk=chunk)
+        torch.autograd.backward(loss)
+    assert meter.bytes <= 4 * max(chunk * vocab, rows * d, vocab * d)
 
 
 def test_chunk_rule() -> None:
