@@ -20,8 +20,8 @@ def attention(
     backend = choose(q)
     if backend == "reference":
         return _reference(q, k, v, scale, mask, causal)
-    if q.shape[2] == 1 and mask is None and backend == "cpu":
-        return _decode(q, k, v, scale)
+    if q.shape[2] == 1 and backend == "cpu":
+        return _decode(q, k, v, scale, mask)
     if k.shape[1] != q.shape[1]:
         rep = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
@@ -45,12 +45,13 @@ def _reference(
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """One query per row: the H / G queries of a group are the rows of one small product."""
     b, h, _, d = q.shape
-    g, s = k.shape[1], k.shape[2]
+    g = k.shape[1]
     rows = q.reshape(b, g, h // g, d) * scale
     scores = rows @ k.transpose(-1, -2)
-    probs = scores.softmax(-1, dtype=torch.float32 if q.dtype != torch.float64 else None).to(v.dtype)
-    del s
+    if mask is not None:  # finite, so that a query which sees nothing gives no NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
     return (probs @ v).reshape(b, h, 1, v.shape[-1])

@@ -75,7 +75,7 @@ def _reference_ids(
 
 def _top(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest, lowest index first on ties (torch.topk does not promise that)."""
-    return values.sort(-1, descending=True, stable=True).indices[..., :k].contiguous()
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 @torch.library.custom_op("archzoo::gate_ids", mutates_args=())

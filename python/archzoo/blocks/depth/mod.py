@@ -100,13 +100,13 @@ class MixtureOfDepths(nn.Module):
     def _top(self, scores: Tensor) -> Tensor:
         """[B, k] the best positions of each row in ascending order; ties: lowest first."""
         k = self.config.tokens(scores.shape[1])
-        return scores.sort(-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
 
     @staticmethod
     def _predicted(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """[B, k] chosen positions, right-aligned, and which entries are real (rows differ in count)."""
         k = int(chosen.sum(1).max())
-        order = chosen.to(torch.uint8).sort(-1, stable=True).indices[:, chosen.shape[1] - k :]
+        order = chosen.to(torch.uint8).sort(dim=-1, stable=True).indices[:, chosen.shape[1] - k :]
         return order, chosen.gather(1, order)
 
     def _run(
