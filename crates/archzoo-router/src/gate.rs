@@ -388,33 +388,34 @@ impl Groups {
 /// The largest and the second largest; -inf where there are fewer.
 #[inline(always)]
 fn two_best(values: &[f32]) -> (f32, f32) {
-    const N: usize = 8;
-    let mut first = [f32::NEG_INFINITY; N];
-    let mut second = [f32::NEG_INFINITY; N];
-    let (rows, rest) = values.as_chunks::<N>();
-    for row in rows {
-        add(&mut first, &mut second, row);
-    }
-    if !rest.is_empty() {
-        let mut last = [f32::NEG_INFINITY; N];
-        last[..rest.len()].copy_from_slice(rest);
-        add(&mut first, &mut second, &last);
-    }
-    let (first, second) = halve::<8, 4>(first, second);
-    let (first, second) = halve::<4, 2>(first, second);
+    let four = if values.len().is_multiple_of(8) {
+        let (first, second) = two_best_of_lanes::<8>(values);
+        halve::<8, 4>(first, second)
+    } else if values.len().is_multiple_of(4) {
+        two_best_of_lanes::<4>(values)
+    } else {
+        let ([first], [second]) = two_best_of_lanes::<1>(values);
+        return (first, second);
+    };
+    let (first, second) = halve::<4, 2>(four.0, four.1);
     let ([first], [second]) = halve::<2, 1>(first, second);
     (first, second)
 }
 
-/// Adds a value to the two best of each lane.
+/// The two best of each column of rows of `N`.
 #[inline(always)]
-fn add<const N: usize>(first: &mut [f32; N], second: &mut [f32; N], row: &[f32; N]) {
-    for ((second, first), &value) in second.iter_mut().zip(&*first).zip(row) {
-        *second = math::larger(*second, math::smaller(*first, value));
+fn two_best_of_lanes<const N: usize>(values: &[f32]) -> ([f32; N], [f32; N]) {
+    let mut first = [f32::NEG_INFINITY; N];
+    let mut second = [f32::NEG_INFINITY; N];
+    for row in values.as_chunks::<N>().0 {
+        for ((second, first), &value) in second.iter_mut().zip(&first).zip(row) {
+            *second = math::larger(*second, math::smaller(*first, value));
+        }
+        for (first, &value) in first.iter_mut().zip(row) {
+            *first = math::larger(*first, value);
+        }
     }
-    for (first, &value) in first.iter_mut().zip(row) {
-        *first = math::larger(*first, value);
-    }
+    (first, second)
 }
 
 /// The two best of each lane and the lane `H` further.
