@@ -1,1 +1,23 @@
-//! Sharded safetensors checkpoints: validated reads, atomic writes.
+//! Sharded safetensors checkpoints.
+//!
+//! [`Reader`] checks every header, and the index against the headers, before a byte is used; [`save`] writes
+//! shards and their index; [`FolderWriter`] puts a finished folder in the place of an older one in one step.
+
+mod dtype;
+mod error;
+mod folder;
+mod header;
+mod reader;
+mod writer;
+
+pub use dtype::Dtype;
+pub use error::{Error, Result};
+pub use folder::FolderWriter;
+pub use header::{Header, TensorInfo};
+pub use reader::{Reader, Request};
+pub use writer::{Tensor, save};
+
+/// The file of an unsharded checkpoint.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// The file that tells the shard of each tensor.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";

@@ -1,0 +1,225 @@
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use crate::header::{Header, MAX_HEADER, TensorInfo, UniqueMap};
+use crate::{Error, INDEX_FILE, Result, SINGLE_FILE};
+
+/// Large tensors are read in pieces of at least this many bytes (and less than twice as many).
+const PIECE: usize = 4 << 20;
+
+/// An open checkpoint. Its headers have been checked, and its files stay open: a folder that is replaced in
+/// the meantime does not change what is read.
+#[derive(Debug)]
+pub struct Reader {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    /// Shard and position in its header.
+    places: HashMap<String, (usize, usize)>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+    header: Header,
+}
+
+/// A tensor to read.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Where its bytes go: as long as what is read.
+    pub destination: &'a mut [u8],
+    /// Start and end on dimension 0; `None` for all.
+    pub rows: Option<(u64, u64)>,
+}
+
+impl Reader {
+    /// Opens a `.safetensors` file, an index file, or a folder with `model.safetensors` or
+    /// `model.safetensors.index.json`.
+    pub fn open(path: &Path) -> Result<Self> {
+        let kind = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        if !kind.is_dir() {
+            return match path.file_name().and_then(|name| name.to_str()) {
+                Some(name) if name.ends_with(".index.json") => Self::open_index(path, path),
+                _ => Self::new(path, vec![Shard::open(path)?]),
+            };
+        }
+        let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
+        match (single.exists(), index.exists()) {
+            (true, false) => Self::new(path, vec![Shard::open(&single)?]),
+            (false, true) => Self::open_index(path, &index),
+            (true, true) => Err(Error::new(
+                path,
+                format!("expected {SINGLE_FILE} or {INDEX_FILE}, found both: open one of them by its path"),
+            )),
+            (false, false) => {
+                Err(Error::new(path, format!("expected {SINGLE_FILE} or {INDEX_FILE}, found neither")))
+            }
+        }
+    }
+
+    fn open_index(path: &Path, index: &Path) -> Result<Self> {
+        let files = read_index(index)?;
+        let mut names: Vec<&str> = files.values().map(String::as_str).collect();
+        names.sort_unstable();
+        names.dedup();
+        for name in &names {
+            if name.is_empty() || *name == "." || *name == ".." || name.contains(['/', '\\', '\0']) {
+                let message = format!("weight_map: expected plain file names, found {name:?}");
+                return Err(Error::new(index, message));
+            }
+        }
+        let folder = index.parent().unwrap_or(Path::new(""));
+        let shards: Vec<Shard> = names
+            .par_iter()
+            .map(|name| Shard::open(&folder.join(name)))
+            .collect::<Vec<_>>()
+            .into_iter()
+            .collect::<Result<_>>()?;
+        for (shard, name) in shards.iter().zip(&names) {
+            for tensor in &shard.header.tensors {
+                let message = match files.get(&tensor.name) {
+                    None => format!("expected in {INDEX_FILE}, found in no entry of it"),
+                    Some(file) if file == name => continue,
+                    Some(file) => format!("expected in {file} (by {INDEX_FILE}), found here"),
+                };
+                return Err(Error::tensor(&shard.path, &tensor.name, message));
+            }
+        }
+        let reader = Self::new(path, shards)?;
+        match files.iter().find(|(tensor, _)| !reader.places.contains_key(*tensor)) {
+            Some((tensor, file)) => {
+                let message = format!("expected in {file} (by {INDEX_FILE}), found in no shard");
+                Err(Error::tensor(&folder.join(file), tensor, message))
+            }
+            None => Ok(reader),
+        }
+    }
+
+    fn new(path: &Path, shards: Vec<Shard>) -> Result<Self> {
+        let mut places = HashMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            for (j, tensor) in shard.header.tensors.iter().enumerate() {
+                places.insert(tensor.name.clone(), (i, j));
+            }
+        }
+        Ok(Self { path: path.to_owned(), shards, places })
+    }
+
+    /// All tensors with their files: by file name, then in the order of their bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = (&TensorInfo, &Path)> {
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.header.tensors.iter().map(|tensor| (tensor, shard.path.as_path())))
+    }
+
+    /// A tensor and its file.
+    pub fn tensor(&self, name: &str) -> Result<(&TensorInfo, &Path)> {
+        let &(shard, tensor) = self
+            .places
+            .get(name)
+            .ok_or_else(|| Error::tensor(&self.path, name, "expected in the checkpoint, found in no file"))?;
+        let shard = &self.shards[shard];
+        Ok((&shard.header.tensors[tensor], &shard.path))
+    }
+
+    /// The headers' free-form strings; of shards that disagree, the first.
+    pub fn metadata(&self) -> BTreeMap<&str, &str> {
+        let all = self.shards.iter().rev().flat_map(|shard| &shard.header.metadata);
+        all.map(|(key, value)| (key.as_str(), value.as_str())).collect()
+    }
+
+    /// Reads tensors, or rows of them, straight into their destinations, on the threads of rayon's current
+    /// pool. All requests are checked before the first byte is read.
+    pub fn read_into(&self, requests: Vec<Request>) -> Result<()> {
+        let mut pieces = Vec::with_capacity(requests.len());
+        for request in requests {
+            let (tensor, path) = self.tensor(request.name)?;
+            let fault = |message: String| Error::tensor(path, request.name, message);
+            let (first, bytes) = match request.rows {
+                None => (0, tensor.bytes),
+                Some((start, end)) => {
+                    let Some(&rows) = tensor.shape.first() else {
+                        return Err(fault("row range: expected a tensor with rows, found a scalar".into()));
+                    };
+                    if start > end || end > rows {
+                        return Err(fault(format!(
+                            "row range: expected start <= end <= {rows}, found {start}..{end}"
+                        )));
+                    }
+                    let row = tensor.dtype.bytes(&tensor.shape[1..]).ok_or_else(|| {
+                        fault(format!("row range: expected rows of whole bytes, found {}", tensor.dtype))
+                    })?;
+                    if rows == 0 { (0, 0) } else { (start * row, (end - start) * row) }
+                }
+            };
+            if request.destination.len() as u64 != bytes {
+                return Err(fault(format!(
+                    "destination: expected {bytes} bytes, found {}",
+                    request.destination.len()
+                )));
+            }
+            let (shard, _) = self.places[request.name];
+            let mut offset = tensor.start + first;
+            let count = (request.destination.len() / PIECE).max(1);
+            let size = request.destination.len().div_ceil(count).max(1);
+            for piece in request.destination.chunks_mut(size) {
+                let length = piece.len() as u64;
+                pieces.push((shard, offset, piece, request.name));
+                offset += length;
+            }
+        }
+        pieces.sort_unstable_by_key(|(shard, offset, ..)| (*shard, *offset));
+        pieces.into_par_iter().try_for_each(|(shard, offset, piece, name)| {
+            let Shard { path, file, .. } = &self.shards[shard];
+            file.read_exact_at(piece, offset)
+                .map_err(|error| Error { tensor: Some(name.to_owned()), ..Error::io(path, "read")(error) })
+        })
+    }
+}
+
+impl Shard {
+    fn open(path: &Path) -> Result<Self> {
+        let kind = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        if !kind.is_file() {
+            return Err(Error::new(path, "expected a regular file"));
+        }
+        let mut file = File::open(path).map_err(Error::io(path, "open"))?;
+        let size = file.metadata().map_err(Error::io(path, "open"))?.len();
+        if size < 8 {
+            return Err(Error::new(path, format!("expected a header length of 8 bytes, found {size} bytes")));
+        }
+        let mut prefix = [0; 8];
+        file.read_exact(&mut prefix).map_err(Error::io(path, "read"))?;
+        let mut json = vec![0; Header::length(prefix, size, path)? as usize];
+        file.read_exact(&mut json).map_err(Error::io(path, "read"))?;
+        Ok(Self { path: path.to_owned(), file, header: Header::parse(&json, size, path)? })
+    }
+}
+
+/// The file name of each tensor.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: UniqueMap,
+    }
+    let size = fs::metadata(path).map_err(Error::io(path, "open"))?.len();
+    if size > MAX_HEADER {
+        return Err(Error::new(path, format!("expected at most {MAX_HEADER} bytes, found {size}")));
+    }
+    let read = |path: &Path| -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(MAX_HEADER).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read(path).map_err(Error::io(path, "read"))?;
+    let index: Index = serde_json::from_slice(&bytes).map_err(|e| Error::new(path, e.to_string()))?;
+    Ok(index.weight_map.0)
+}

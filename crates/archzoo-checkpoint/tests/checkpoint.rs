@@ -1,0 +1,189 @@
+//! Round trips, and damaged files: an error or the right values, never a panic.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use archzoo_checkpoint::{Dtype, Header, INDEX_FILE, Reader, Request, SINGLE_FILE, Tensor, save};
+use proptest::prelude::*;
+
+fn metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_owned(), "pt".to_owned())])
+}
+
+fn read(reader: &Reader, name: &str, rows: Option<(u64, u64)>, length: usize) -> Vec<u8> {
+    let mut destination = vec![0; length];
+    reader.read_into(vec![Request { name, destination: &mut destination, rows }]).unwrap();
+    destination
+}
+
+fn f32_tensor<'a>(name: &'a str, shape: &'a [u64], bytes: &'a [u8]) -> Tensor<'a> {
+    Tensor { name, dtype: Dtype::from_name("F32").unwrap(), shape, bytes }
+}
+
+#[test]
+fn shards_by_size_in_the_given_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..96).collect();
+    let tensors = [
+        f32_tensor("b", &[4], &bytes[..16]),
+        f32_tensor("a", &[2, 4], &bytes[16..48]),
+        f32_tensor("large", &[3, 4], &bytes[48..]),
+        f32_tensor("empty", &[0, 7], &[]),
+        f32_tensor("scalar", &[], &bytes[..4]),
+    ];
+    save(folder.path(), &tensors, 48, &metadata()).unwrap();
+    let reader = Reader::open(folder.path()).unwrap();
+    let found: Vec<(&str, &str)> = reader
+        .tensors()
+        .map(|(tensor, file)| (tensor.name.as_str(), file.file_name().unwrap().to_str().unwrap()))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("a", "model-00001-of-00003.safetensors"),
+            ("b", "model-00001-of-00003.safetensors"),
+            ("empty", "model-00002-of-00003.safetensors"),
+            ("large", "model-00002-of-00003.safetensors"),
+            ("scalar", "model-00003-of-00003.safetensors"),
+        ]
+    );
+    for tensor in &tensors {
+        assert_eq!(read(&reader, tensor.name, None, tensor.bytes.len()), tensor.bytes);
+    }
+    assert_eq!(read(&reader, "large", Some((1, 3)), 32), bytes[64..]);
+    assert!(read(&reader, "empty", Some((0, 0)), 0).is_empty());
+    assert_eq!(reader.metadata(), BTreeMap::from([("format", "pt")]));
+    let index = fs::read_to_string(folder.path().join(INDEX_FILE)).unwrap();
+    assert!(
+        index.starts_with(
+            "{\n  \"metadata\": {\n    \"total_size\": 100\n  },\n  \"weight_map\": {\n    \"a\""
+        )
+    );
+
+    let again = save(folder.path(), &tensors, 48, &metadata()).unwrap_err();
+    assert!(again.to_string().contains("exists"), "{again}");
+}
+
+#[test]
+fn large_tensors_are_read_in_pieces() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..13 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    save(folder.path(), &[f32_tensor("a", &[13, 1 << 18], &bytes)], u64::MAX, &metadata()).unwrap();
+    let reader = Reader::open(&folder.path().join(SINGLE_FILE)).unwrap();
+    assert!(read(&reader, "a", None, bytes.len()) == bytes);
+    assert!(read(&reader, "a", Some((2, 12)), 10 << 20) == bytes[2 << 20..12 << 20]);
+}
+
+#[test]
+fn bad_requests_are_refused_before_a_byte_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = [1; 16];
+    let tensors = [f32_tensor("a", &[2, 2], &bytes), f32_tensor("scalar", &[], &bytes[..4])];
+    save(folder.path(), &tensors, u64::MAX, &metadata()).unwrap();
+    let reader = Reader::open(folder.path()).unwrap();
+    for (name, length, rows, message) in [
+        ("b", 16, None, "\"b\": expected in the checkpoint"),
+        ("a", 15, None, "\"a\": destination: expected 16 bytes, found 15"),
+        ("a", 16, Some((1, 2)), "destination: expected 8 bytes, found 16"),
+        ("a", 0, Some((2, 1)), "row range: expected start <= end <= 2, found 2..1"),
+        ("a", 0, Some((0, 3)), "row range: expected start <= end <= 2, found 0..3"),
+        ("scalar", 4, Some((0, 1)), "found a scalar"),
+    ] {
+        let (mut good, mut bad) = ([0; 16], vec![0; length]);
+        let requests = vec![
+            Request { name: "a", destination: &mut good, rows: None },
+            Request { name, destination: &mut bad, rows },
+        ];
+        let error = reader.read_into(requests).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+        assert_eq!(good, [0; 16]);
+    }
+}
+
+#[test]
+fn bad_tensors_are_not_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = [0; 16];
+    for (tensors, limit, message) in [
+        (vec![f32_tensor("a", &[3], &bytes)], 1, "expected the bytes of shape [3] of F32, found 16 bytes"),
+        (vec![f32_tensor("a", &[1 << 63, 2], &bytes)], 1, "found 16 bytes"),
+        (vec![f32_tensor("a", &[4], &bytes), f32_tensor("a", &[4], &bytes)], 1, "found twice"),
+        (vec![f32_tensor("__metadata__", &[4], &bytes)], 1, "reserved"),
+        (vec![f32_tensor("a", &[4], &bytes)], 0, "max_shard_bytes"),
+    ] {
+        let error = save(folder.path(), &tensors, limit, &metadata()).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+/// A tensor as it was found: name, dtype, shape, bytes.
+type Found = (String, String, Vec<u64>, Vec<u8>);
+
+/// Reads all it can of a file, as a caller would.
+fn load(path: &Path) -> Option<Vec<Found>> {
+    let reader = Reader::open(path).ok()?;
+    let all = reader
+        .tensors()
+        .map(|(tensor, _)| {
+            let bytes = read(&reader, &tensor.name, None, tensor.bytes as usize);
+            (tensor.name.clone(), tensor.dtype.name().to_owned(), tensor.shape.clone(), bytes)
+        })
+        .collect();
+    Some(all)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn a_damaged_file_is_an_error_or_another_valid_file(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..4u8), 1..4),
+        in_header in any::<bool>(),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..40).collect();
+        let tensors = [
+            f32_tensor("a", &[2, 3], &bytes[..24]),
+            Tensor { name: "b", dtype: Dtype::from_name("BF16").unwrap(), shape: &[8], bytes: &bytes[24..] },
+        ];
+        save(folder.path(), &tensors, u64::MAX, &metadata()).unwrap();
+        let path = folder.path().join(SINGLE_FILE);
+        let mut file = fs::read(&path).unwrap();
+        for (at, byte, edit) in edits {
+            let at = at.index(if in_header { 24.min(file.len()) } else { file.len() }.max(1));
+            match edit {
+                0 => file.truncate(at),
+                1 => file.insert(at.min(file.len()), byte),
+                2 if at < file.len() => { file.remove(at); }
+                _ => if at < file.len() { file[at] = byte },
+            }
+        }
+        fs::write(&path, &file).unwrap();
+        if let Some(found) = load(&path) {
+            let total: usize = found.iter().map(|(.., bytes)| bytes.len()).sum();
+            prop_assert!(total <= file.len());
+            for (_, dtype, shape, bytes) in found {
+                let expected = Dtype::from_name(&dtype).unwrap().bytes(&shape);
+                prop_assert_eq!(expected, Some(bytes.len() as u64));
+            }
+        }
+    }
+
+    #[test]
+    fn any_text_as_a_header_is_an_error_or_a_header(json in r#"[{}\[\]":,a-z0-9]{0,60}"#, size in 0u64..200) {
+        let _ = Header::parse(json.as_bytes(), size, Path::new("x"));
+    }
+
+    #[test]
+    fn any_text_as_an_index_is_an_error(json in r#"\{"weight_map":[{}\[\]":,a-z./]{0,30}\}"#) {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(INDEX_FILE), &json).unwrap();
+        if let Ok(reader) = Reader::open(folder.path()) {
+            prop_assert_eq!(reader.tensors().count(), 0);
+        }
+    }
+}
