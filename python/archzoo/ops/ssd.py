@@ -6,6 +6,8 @@ group i // (H / GB) and C of group i // (H / GC). States are fp32 (fp64 for fp64
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,9 +77,9 @@ def _chunked(
     state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    b, t, h, p = x.shape
+    (b, t, h, p), dtype = x.shape, x.dtype
     n, gb, gc = B.shape[-1], B.shape[2], C.shape[2]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     q = min(chunk_size, max(t, 1))
     pad = -t % q
     if pad:  # zeros neither decay nor add: the final state does not change
@@ -103,7 +105,7 @@ def _chunked(
         from_start = from_start * (ids == before)[:, :, None]
         whole = whole * (last == before)
 
-    groups = max(gb, gc)
+    groups = math.lcm(gb, gc)
     Bg, Cg = B.repeat_interleave(groups // gb, 2), C.repeat_interleave(groups // gc, 2)
     scores = Cg @ Bg.transpose(-1, -2)
     if groups != h:
@@ -125,7 +127,7 @@ def _chunked(
         carried = (C @ side).unflatten(-1, (h // gc, p)).transpose(3, 4).flatten(2, 3)
         y = torch.addcmul(y, carried, from_start[..., None])
     y = y.transpose(2, 3).flatten(1, 2)[:, :t]
-    return y.to(x.dtype), s.transpose(-1, -2)
+    return y.to(dtype), s.transpose(-1, -2)
 
 
 def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
