@@ -144,9 +144,10 @@ def causal_conv1d(
 def causal_conv1d_state(x: Tensor, kernel_size: int, state: Tensor | None = None) -> Tensor:
     """The last `kernel_size` inputs after x [B, T, C], zero-padded on the left -> state [B, K, C]."""
     K, T = kernel_size, x.shape[1]
-    if state is None:
-        return F.pad(x[:, max(T - K, 0) :], (0, 0, max(K - T, 0), 0))
-    return torch.cat([state.to(x.dtype), x], 1)[:, -K:].contiguous()
+    if T >= K:
+        return x[:, T - K :].clone(memory_format=torch.contiguous_format)  # a view would keep all of x alive
+    past = x.new_zeros(x.shape[0], K - T, x.shape[2]) if state is None else state[:, T:].to(x.dtype)
+    return torch.cat([past, x], 1)
 
 
 def causal_conv1d_step(
