@@ -56,16 +56,12 @@ def smollm2_folder(out: str | Path) -> Path:
         raw = np.ascontiguousarray(weight).reshape(-1).view(np.uint8)
         tensors.append((_hf_name(tensor.name), "F32", shape, raw))
     try:
-        writer = _rust.FolderWriter(str(out))
-        try:
+        with _rust.FolderWriter(out) as writer:
             for name, content in _json_files(meta).items():
                 text = json.dumps(content, indent=None if name == "tokenizer.json" else 2, ensure_ascii=False)
-                (Path(writer.path) / name).write_text(text + "\n", encoding="utf-8")
+                (writer.path / name).write_text(text + "\n", encoding="utf-8")
             _rust.write_shards(writer.path, tensors, 4_000_000_000)
             writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
     except _rust.CheckpointError as error:
         raise CheckpointError(str(error)) from None
     return out
