@@ -29,6 +29,7 @@ class Context:
         self.device = device
         self.seq_idx, self.timeline = seq_idx, timeline
         self.start = timeline.length if timeline is not None else 0
+        self.padded = positions is not None  # possibly; positions that follow the timeline are all real
         if positions is None and timeline is not None and not timeline.dense:
             positions = timeline.next_positions() + torch.arange(self.length, device=device)
         self.positions = positions
@@ -49,7 +50,7 @@ class Context:
     @property
     def valid(self) -> Tensor | None:
         """[B, T] False at padding; None when there is none."""
-        return None if self.positions is None else self.positions >= 0
+        return self.positions >= 0 if self.positions is not None and self.padded else None
 
     def rope(self, config: RopeConfig, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin [T, dim/2] or [B, T, dim/2] of the new tokens."""

@@ -179,6 +179,8 @@ class Mamba2(Initialised):
         if ctx.valid is not None:  # padding neither enters the convolution nor touches the state
             xbc = xbc * ctx.valid[..., None]
             dt = dt * ctx.valid[..., None]
+            if state is not None and ctx.start:
+                xbc = self._close_gap(xbc, ctx.valid, state)
         a = dt * -torch.exp(self.A_log.to(wide))
         y = self._step(xbc, dt, a, state) if state is not None and x.shape[1] == 1 else (
             self._scan(xbc, dt, a, ctx, state)
@@ -191,6 +193,17 @@ class Mamba2(Initialised):
         kv_heads = self.config.kv_heads or 1
         parts = t.unflatten(-1, (kv_heads, width))
         return parts.repeat_interleave(self.config.heads // kv_heads, -2).flatten(-2)
+
+    def _close_gap(self, xbc: Tensor, valid: Tensor, state: Mamba2State) -> Tensor:
+        """Move the left padding of xbc [B, T, C] before the carried inputs, so that these meet the new ones."""
+        taps = state.conv.shape[1]
+        line = torch.cat((state.conv, xbc), 1)
+        gap = (~valid).sum(1, keepdim=True)
+        at = torch.arange(line.shape[1], device=line.device)
+        source = torch.where(at < taps + gap, at - gap, at)[..., None]
+        moved = line.gather(1, source.clamp(min=0).expand_as(line)) * (source >= 0)
+        state.conv = moved[:, :taps].clone()
+        return moved[:, taps:]
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Channels after the convolution -> x [..., H, P], B [..., GB, N], C [..., G, N]."""
