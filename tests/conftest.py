@@ -33,7 +33,8 @@ def _tiny(name: str, dtype: torch.dtype) -> CausalLM:
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() == 1:  # norm weights, biases, decays: away from their neutral start
-                param.add_(torch.randn(param.shape, generator=generator, dtype=torch.float64).to(dtype), alpha=0.2)
+                noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+                param.add_(noise.to(dtype), alpha=0.2)
     return model.requires_grad_(False)
 
 

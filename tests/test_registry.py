@@ -103,7 +103,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> N
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------
+# --- sizes -------------------------------------------------------------------------------------------------
 
 
 def test_parameters_and_build_time(model_name: str) -> None:
@@ -185,9 +185,7 @@ def test_parameters_per_mixer(name: str, mixer: dict[str, int]) -> None:
 
 
 def test_deepseek_v3_attention_parameters() -> None:
-    mla = MLAConfig(
-        heads=128, kv_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128
-    )
+    mla = MLAConfig(heads=128, kv_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)
     assert mla.params(7168) == 187_107_328
     assert 61 * mla.cache_bytes(7168, 1, itemsize=2) == 70_272
 
@@ -213,13 +211,11 @@ def test_step3_cache_at_8192_in_8_bit() -> None:
     assert archzoo.cost("step-3", seq_len=8192).cache_bytes / 2 == pytest.approx(255.9e6, rel=1e-3)
 
 
-# --- the tiny model of each structure -----------------------------------------------------------------------------
+# --- the tiny model of each structure ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_cost_matches_the_built_model(
-    structure: str, dtype: torch.dtype, tiny: Tiny, tokens: Tokens
-) -> None:
+def test_cost_matches_the_built_model(structure: str, dtype: torch.dtype, tiny: Tiny, tokens: Tokens) -> None:
     model = tiny(structure, dtype)
     name = str(dtype).removeprefix("torch.")
     cost = archzoo.cost(model.config, seq_len=24, batch_size=2, dtype=name)
