@@ -174,7 +174,7 @@ class CausalLM(nn.Module):
         """input_ids [B, T] -> Output.
 
         labels [B, T] are the input ids themselves (-100 is ignored): token t is predicted from t - 1, the
-        loss is the mean over them. positions [B, T] (int64, -1 at padding) and cu_seqlens [n + 1] (packed
+        loss is the mean over them. positions [B, T] (int64, -1 at left padding) and cu_seqlens [n + 1] (packed
         sequences in one row) are optional; with a cache the tokens go on after those it holds.
         """
         aux: list[Tensor] = []

@@ -195,7 +195,7 @@ class Mamba2(Initialised):
         return parts.repeat_interleave(self.config.heads // kv_heads, -2).flatten(-2)
 
     def _close_gap(self, xbc: Tensor, valid: Tensor, state: Mamba2State) -> Tensor:
-        """Move the left padding of xbc [B, T, C] before the carried inputs, so that these meet the new ones."""
+        """Move the left padding of xbc [B, T, C] before the carried inputs, which then meet the new ones."""
         taps = state.conv.shape[1]
         line = torch.cat((state.conv, xbc), 1)
         gap = (~valid).sum(1, keepdim=True)
