@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archzoo import checkpoint, data, distill, ops
-    from archzoo.conversion import convert
     from archzoo.configuration import ModelConfig
+    from archzoo.conversion import convert
     from archzoo.costs import Cost, cost
     from archzoo.errors import (
         ArchzooError,
@@ -46,7 +46,7 @@ _HOMES = {
 _ATTRIBUTES = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("checkpoint", "data", "distill", "ops")
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "ArchzooError",
     "CacheError",
     "CausalLM",

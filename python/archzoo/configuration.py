@@ -7,7 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from archzoo.blocks.depth.every import EveryTokenConfig
 from archzoo.blocks.registry import DepthConfig, FfnConfig, MixerConfig, kinds
@@ -38,16 +46,13 @@ class LayerSpec(BaseModel):
 
     def params(self, hidden_size: int) -> int:
         """Parameters of the layer, its norms included."""
-        return self._count(hidden_size, "params")
+        ffn = 0 if self.ffn is None else self.ffn.params(hidden_size) + hidden_size
+        return self.mixer.params(hidden_size) + hidden_size + ffn + self.depth.params(hidden_size)
 
     def active_params(self, hidden_size: int) -> int:
         """Parameters that one token uses (a layer that the depth policy may skip counts whole)."""
-        return self._count(hidden_size, "active_params")
-
-    def _count(self, hidden_size: int, what: str) -> int:
-        blocks = [b for b in (self.mixer, self.ffn) if b is not None]
-        norms = hidden_size * len(blocks)
-        return sum(getattr(b, what)(hidden_size) for b in (*blocks, self.depth)) + norms
+        idle = 0 if self.ffn is None else self.ffn.params(hidden_size) - self.ffn.active_params(hidden_size)
+        return self.params(hidden_size) - idle
 
 
 class LayerOverride(BaseModel):
@@ -77,7 +82,9 @@ class LayerPattern(BaseModel):
             changed = self._merged(item)
             for index in item.indices:
                 if not 0 <= index < self.count:
-                    raise ConfigError(f"layers.override: index {index} is out of range for {self.count} layers")
+                    raise ConfigError(
+                        f"layers.override: index {index} is out of range for {self.count} layers"
+                    )
                 out[index] = changed
         return tuple(out)
 

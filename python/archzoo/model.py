@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from archzoo.blocks.context import Context
-from archzoo.blocks.depth.mod import RoutedState
+from archzoo.blocks.linear import Linear
 from archzoo.blocks.norm import RMSNorm
-from archzoo.blocks.registry import Initialised, Site
+from archzoo.blocks.registry import DepthPolicy, Initialised, Mixer, Site
 from archzoo.cache import Cache, State, Timeline
 from archzoo.configuration import LayerSpec, ModelConfig
 from archzoo.errors import InputError
+from archzoo.ops.linear import linear
 from archzoo.ops.linear_loss import linear_cross_entropy
 
 
@@ -40,6 +41,9 @@ class Output:
 
 class Layer(nn.Module):
     """norm -> mixer -> add -> norm -> feed-forward -> add, under a depth policy."""
+
+    mixer: Mixer
+    depth: DepthPolicy | None
 
     def __init__(self, spec: LayerSpec, site: Site) -> None:
         super().__init__()
@@ -72,9 +76,7 @@ class Layer(nn.Module):
     def new_state(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         if self.depth is None:
             return self.mixer.new_state(batch, slots, device, dtype)
-        routed = self.depth.config.tokens(slots)
-        inner = self.mixer.new_state(batch, routed, device, dtype)
-        return RoutedState(inner, Timeline(batch, device))
+        return self.depth.new_state(self.mixer, batch, slots, device, dtype)
 
 
 class CausalLM(nn.Module):
@@ -90,7 +92,7 @@ class CausalLM(nn.Module):
             Layer(spec, Site(i, len(specs), d, config.norm_eps)) for i, spec in enumerate(specs)
         )
         self.norm = RMSNorm(d, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(d, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -99,12 +101,14 @@ class CausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> logits [..., V]."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def new_cache(self, batch_size: int, max_length: int = 0) -> Cache:
         """An empty cache with room for max_length tokens (it grows beyond)."""
         weight = self.embed.weight
-        states = [layer.new_state(batch_size, max_length, weight.device, weight.dtype) for layer in self.layers]
+        states = [
+            layer.new_state(batch_size, max_length, weight.device, weight.dtype) for layer in self.layers
+        ]
         return Cache(states, Timeline(batch_size, weight.device))
 
     def context(
@@ -139,7 +143,8 @@ class CausalLM(nn.Module):
         past = cache.length if cache is not None else 0
         if positions is None and past + length > self.config.max_positions:
             raise InputError(
-                f"position {past + length - 1} is beyond the model's limit of {self.config.max_positions} positions"
+                f"position {past + length - 1} is beyond the model's limit of "
+                f"{self.config.max_positions} positions"
             )
         return Context((batch, length), device, positions, seq_idx, cache.timeline if cache else None)
 

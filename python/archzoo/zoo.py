@@ -54,9 +54,7 @@ def _registered(name: str) -> ModelConfig:
     return ModelConfig.from_toml(_files()[name])
 
 
-def cost(
-    model: str | ModelConfig, seq_len: int = 4096, batch_size: int = 1, dtype: str = "bfloat16"
-) -> Cost:
+def cost(model: str | ModelConfig, seq_len: int = 4096, batch_size: int = 1, dtype: str = "bfloat16") -> Cost:
     """Parameters, FLOPs and bytes of a model, by name or config; a pure function of the config."""
     cfg = config(model) if isinstance(model, str) else model
     return config_cost(cfg, seq_len, batch_size, dtype)

@@ -1,6 +1,8 @@
 //! The native module `archzoo._rust`: thin bindings, all work done with the interpreter released.
 
+mod checkpoint;
 mod gate;
+mod linear;
 mod pool;
 
 use pyo3::prelude::*;
@@ -10,7 +12,11 @@ mod _rust {
     use super::*;
 
     #[pymodule_export]
+    use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
+    #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::linear::linear;
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

@@ -11,7 +11,8 @@ pub fn run<R: Send>(work: impl FnOnce() -> R + Send) -> PyResult<R> {
     Ok(current()?.install(work))
 }
 
-fn current() -> PyResult<Arc<ThreadPool>> {
+/// The threads of this process.
+pub fn current() -> PyResult<Arc<ThreadPool>> {
     let process = std::process::id();
     let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((owner, pool)) = &*pool

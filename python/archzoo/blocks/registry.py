@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from archzoo.cache import State
 from archzoo.errors import ConfigError
 
 
@@ -59,10 +60,28 @@ class Initialised(nn.Module):
         raise NotImplementedError
 
 
+class Mixer(nn.Module):
+    """A token mixer: `forward(x [B, T, d], ctx, state=None) -> [B, T, d]`."""
+
+    def new_state(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
+        """An empty decode state for `batch` sequences with room for `slots` tokens."""
+        raise NotImplementedError
+
+
+class DepthPolicy(nn.Module):
+    """Runs a layer's body on some tokens: `forward(x, ctx, state, body) -> (y, mixed, aux loss)`."""
+
+    def new_state(
+        self, mixer: Mixer, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> State:
+        """The decode state of a layer whose mixer is `mixer`."""
+        raise NotImplementedError
+
+
 class MixerConfig(BlockConfig):
     """Base of token-mixer configs (attention, state space)."""
 
-    slot = "mixer"
+    slot = "mixers"
 
     @abstractmethod
     def flops(self, hidden_size: int, new: int, total: int) -> int:
@@ -77,14 +96,14 @@ class MixerConfig(BlockConfig):
         return 0
 
     @abstractmethod
-    def build(self, site: Site) -> nn.Module:
-        """The module: `forward(x [B, T, d], ctx, state=None) -> [B, T, d]`."""
+    def build(self, site: Site) -> Mixer:
+        """The module."""
 
 
 class FfnConfig(BlockConfig):
     """Base of feed-forward configs."""
 
-    slot = "ffn"
+    slot = "ffns"
 
     def flops(self, hidden_size: int, tokens: int) -> int:
         """FLOPs (2 per multiply-add) of `tokens` tokens."""
@@ -108,13 +127,13 @@ class DepthConfig(BlockConfig):
         return seq_len
 
     @abstractmethod
-    def build(self, site: Site) -> nn.Module | None:
+    def build(self, site: Site) -> DepthPolicy | None:
         """The policy as a module around the layer's body, or None for every token."""
 
 
 def kinds(base: type[BlockConfig]) -> dict[str, type[BlockConfig]]:
     """All block configs of one slot by `kind`, from the files of its folder."""
-    folder = importlib.import_module(f"archzoo.blocks.{base.slot if base.slot == 'depth' else base.slot + 's'}")
+    folder = importlib.import_module(f"archzoo.blocks.{base.slot}")
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
     found: dict[str, type[BlockConfig]] = {}

@@ -3,4 +3,14 @@
 from archzoo.checkpoint.folder import adopt_dtypes, match, read_config, read_into, write_model
 from archzoo.checkpoint.shards import Reader, load, open, save
 
-__all__ = ["Reader", "adopt_dtypes", "load", "match", "open", "read_config", "read_into", "save", "write_model"]
+__all__ = [
+    "Reader",
+    "adopt_dtypes",
+    "load",
+    "match",
+    "open",
+    "read_config",
+    "read_into",
+    "save",
+    "write_model",
+]

@@ -24,14 +24,15 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Family]:
     claimed = [f for f in families().values() if f.claims(files)]
     if not claimed:
         found = files["config.json"].get("model_type")
-        raise CheckpointError(
-            f"{folder}: model_type '{found}' is not supported; known families: {', '.join(sorted(families()))}"
-        )
+        known = ", ".join(sorted(families()))
+        raise CheckpointError(f"{folder}: model_type '{found}' is not supported; known families: {known}")
     family = claimed[0]
     try:
         data = family.read(files)
     except KeyError as error:
-        raise CheckpointError(f"{folder}: the config files lack the key {error} of family '{family.name}'") from None
+        raise CheckpointError(
+            f"{folder}: the config files lack the key {error} of family '{family.name}'"
+        ) from None
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     data = {"name": folder.name, **data, "family": family.name}
@@ -66,11 +67,17 @@ def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]
         wanted.update(family.regions(name, tensor))
     stored = set(reader.keys())
     tied = getattr(model, "lm_head", None) is None
-    extra = [k for k in sorted(stored - set(wanted)) if not family.drops(k) and not (tied and k == "lm_head.weight")]
+    extra = [
+        k
+        for k in sorted(stored - set(wanted))
+        if not family.drops(k) and not (tied and k == "lm_head.weight")
+    ]
     missing = sorted(set(wanted) - stored)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{reader.path}: tensor '{missing[0]}'{more} of family '{family.name}' is missing")
+        raise CheckpointError(
+            f"{reader.path}: tensor '{missing[0]}'{more} of family '{family.name}' is missing"
+        )
     if extra:
         _, _, file = reader.info(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -98,7 +105,7 @@ def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
     """Fill the model; checks everything first."""
     direct: dict[str, Tensor] = {}
     for name, region in match(model, reader, family).items():
-        dtype, shape, _ = reader.info(name)
+        dtype, _, _ = reader.info(name)
         if region.dtype == dtype and region.device.type == "cpu" and region.is_contiguous():
             direct[name] = region
         else:
@@ -142,7 +149,8 @@ def _family_for(config: ModelConfig) -> Family:
         fits = False
     if not fits:
         warnings.warn(
-            f"the '{family.name}' layout cannot hold this config; writing the zoo's own layout instead", stacklevel=4
+            f"the '{family.name}' layout cannot hold this config; writing the zoo's own layout instead",
+            stacklevel=4,
         )
         return known["archzoo"]
     return family

@@ -105,7 +105,7 @@ class Reader:
         return out
 
 
-def open(path: str | Path) -> Reader:  # noqa: A001
+def open(path: str | Path) -> Reader:
     """Open a .safetensors file or a folder with one or several; CheckpointError names the fault."""
     return Reader(path)
 
@@ -114,7 +114,7 @@ def load(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a file or folder."""
     reader = Reader(path)
     out = {}
-    for name in reader.keys():
+    for name in reader.keys():  # noqa: SIM118
         dtype, shape, _ = reader.info(name)
         out[name] = torch.empty(shape, dtype=dtype)
     reader.read_into(out)

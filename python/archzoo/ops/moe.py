@@ -34,9 +34,7 @@ def gate(
     """
     if logits.dim() != 2:
         raise InputError(f"gate: logits must be [tokens, experts], found {list(logits.shape)}")
-    ids = torch.ops.archzoo.gate_ids(
-        logits.detach(), bias, top_k, score, groups, top_groups, group_score
-    )
+    ids = torch.ops.archzoo.gate_ids(logits.detach(), bias, top_k, score, groups, top_groups, group_score)
     return gate_weights(logits, ids, score, renormalize, scale), ids
 
 

@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.blocks.context import Context
-from archzoo.blocks.registry import DepthConfig, Site
+from archzoo.blocks.linear import Linear
+from archzoo.blocks.registry import DepthConfig, DepthPolicy, Mixer, Site
 from archzoo.cache import State, Timeline
 from archzoo.errors import CacheError
 
@@ -67,13 +68,19 @@ class RoutedState:
         return self.inner.nbytes
 
 
-class MixtureOfDepths(nn.Module):
+class MixtureOfDepths(DepthPolicy):
     """Runs `body` on the chosen tokens of x [B, T, d]."""
 
     def __init__(self, config: MixtureOfDepthsConfig, site: Site) -> None:
         super().__init__()
         self.config = config
-        self.router = nn.Linear(site.hidden_size, 1, bias=False)
+        self.router = Linear(site.hidden_size, 1, bias=False)
+
+    def new_state(
+        self, mixer: Mixer, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> RoutedState:
+        inner = mixer.new_state(batch, self.config.tokens(slots), device, dtype)
+        return RoutedState(inner, Timeline(batch, device))
 
     def forward(
         self, x: Tensor, ctx: Context, state: RoutedState | None, body: Body

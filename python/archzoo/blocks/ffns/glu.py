@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.blocks.linear import Linear, together
 from archzoo.blocks.registry import FfnConfig, Site
 
 
@@ -43,11 +44,11 @@ class GLU(nn.Module):
     def __init__(self, config: _GLUConfig, site: Site) -> None:
         super().__init__()
         self.gelu = config.kind == "geglu"
-        self.gate_proj = nn.Linear(site.hidden_size, config.hidden, bias=config.bias)
-        self.up_proj = nn.Linear(site.hidden_size, config.hidden, bias=config.bias)
-        self.down_proj = nn.Linear(config.hidden, site.hidden_size, bias=config.bias)
+        self.gate_proj = Linear(site.hidden_size, config.hidden, bias=config.bias)
+        self.up_proj = Linear(site.hidden_size, config.hidden, bias=config.bias)
+        self.down_proj = Linear(config.hidden, site.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
+        gate, up = together(x, self.gate_proj, self.up_proj)
         act = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
-        return self.down_proj(act * self.up_proj(x))
+        return self.down_proj(act * up)

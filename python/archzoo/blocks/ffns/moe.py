@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.blocks.ffns.glu import GLU, SwiGLUConfig
+from archzoo.blocks.linear import Linear
 from archzoo.blocks.registry import FfnConfig, Site, require
 from archzoo.ops.moe import Score, experts, gate
 
@@ -69,7 +70,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, site: Site) -> None:
         super().__init__()
         self.config = c = config
-        self.router = nn.Linear(site.hidden_size, c.experts, bias=False)
+        self.router = Linear(site.hidden_size, c.experts, bias=False)
         if c.selection_bias:
             self.register_buffer("selection_bias", torch.empty(c.experts, dtype=torch.float32))
         else:

@@ -6,11 +6,12 @@ from typing import Literal
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.blocks.context import Context
+from archzoo.blocks.linear import Linear, together
 from archzoo.blocks.norm import RMSNorm
-from archzoo.blocks.registry import MixerConfig, Site, require
+from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
 from archzoo.blocks.rope import RopeConfig, apply_rope
 from archzoo.cache import grown
 from archzoo.ops.attention import attention
@@ -124,9 +125,7 @@ class KVState:
         return self.k.nbytes + self.v.nbytes
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float, window: int | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of q [B, H, T, D] over k, v [B, G, S, D] as `ctx` allows -> [B, T, H * E]."""
     if ctx.plain_causal and (window is None or ctx.length <= window):
         o = attention(q, k, v, scale, causal=ctx.length > 1)
@@ -138,17 +137,17 @@ def attend(
     return o.transpose(1, 2).flatten(2)
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """x [B, T, d] -> [B, T, d]; state: KVState."""
 
     def __init__(self, config: AttentionConfig, site: Site) -> None:
         super().__init__()
         self.config = c = config
         d = site.hidden_size
-        self.q_proj = nn.Linear(d, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(d, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(d, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, d, bias=c.o_bias)
+        self.q_proj = Linear(d, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(d, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(d, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, d, bias=c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, site.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, site.norm_eps) if c.qk_norm else None
 
@@ -160,9 +159,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, state: KVState | None = None) -> Tensor:
         c = self.config
-        q = self.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
-        k = self.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
-        v = self.v_proj(x).unflatten(-1, (c.kv_heads, c.head_dim)).transpose(1, 2)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.unflatten(-1, (c.heads, c.head_dim))
+        k = k.unflatten(-1, (c.kv_heads, c.head_dim))
+        v = v.unflatten(-1, (c.kv_heads, c.head_dim)).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.rope is not None:

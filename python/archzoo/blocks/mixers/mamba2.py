@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.blocks.context import Context
-from archzoo.blocks.registry import Initialised, MixerConfig, Site, require
+from archzoo.blocks.linear import Linear
+from archzoo.blocks.registry import Initialised, Mixer, MixerConfig, Site, require
 from archzoo.errors import CacheError
 from archzoo.ops.conv import causal_conv1d, causal_conv1d_state, causal_conv1d_step
 from archzoo.ops.norm import gated_rms_norm
@@ -124,7 +125,20 @@ class Mamba2State:
         return self.conv.nbytes + self.ssm.nbytes
 
 
-class Mamba2(Initialised):
+class GatedNorm(nn.Module):
+    """RMSNorm of y gated by silu(z), over each group of channels."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.inner))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        c = self.config
+        return gated_rms_norm(y, z, self.weight, c.norm_eps, c.inner // c.groups, c.norm_before_gate)
+
+
+class Mamba2(Mixer, Initialised):
     """x [B, T, d] -> [B, T, d]; state: Mamba2State."""
 
     def __init__(self, config: Mamba2Config, site: Site) -> None:
@@ -132,14 +146,13 @@ class Mamba2(Initialised):
         self.config = c = config
         self.depth = site.count
         channels = sum(c.conv_splits)
-        self.in_proj = nn.Linear(site.hidden_size, sum(c.splits), bias=False)
+        self.in_proj = Linear(site.hidden_size, sum(c.splits), bias=False)
         self.conv1d = nn.Conv1d(channels, channels, c.conv_kernel, groups=channels)
         self.dt_bias = nn.Parameter(torch.empty(c.heads))
         self.A_log = nn.Parameter(torch.empty(c.heads))
         self.D = nn.Parameter(torch.empty(c.heads))
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.empty(c.inner))
-        self.out_proj = nn.Linear(c.inner, site.hidden_size, bias=False)
+        self.norm = GatedNorm(c)
+        self.out_proj = Linear(c.inner, site.hidden_size, bias=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """The published initialisation: A in [1, 16], dt log-uniform in [1e-3, 0.1], D = 1."""
@@ -182,11 +195,12 @@ class Mamba2(Initialised):
             if state is not None and ctx.start:
                 xbc = self._close_gap(xbc, ctx.valid, state)
         a = dt * -torch.exp(self.A_log.to(wide))
-        y = self._step(xbc, dt, a, state) if state is not None and x.shape[1] == 1 else (
-            self._scan(xbc, dt, a, ctx, state)
+        y = (
+            self._step(xbc, dt, a, state)
+            if state is not None and x.shape[1] == 1
+            else (self._scan(xbc, dt, a, ctx, state))
         )
-        y = gated_rms_norm(y, z, self.norm.weight, c.norm_eps, c.inner // c.groups, c.norm_before_gate)
-        return self.out_proj(y)
+        return self.out_proj(self.norm(y, z))
 
     def _repeat(self, t: Tensor, width: int) -> Tensor:
         """Each of the kv_heads parts of the channels [..., kv_heads * width] heads / kv_heads times."""
@@ -214,9 +228,7 @@ class Mamba2(Initialised):
             xs = xs.repeat_interleave(c.heads // xs.shape[-2], -2)
         return xs, b.unflatten(-1, (-1, c.state_size)), cs.unflatten(-1, (-1, c.state_size))
 
-    def _scan(
-        self, xbc: Tensor, dt: Tensor, a: Tensor, ctx: Context, state: Mamba2State | None
-    ) -> Tensor:
+    def _scan(self, xbc: Tensor, dt: Tensor, a: Tensor, ctx: Context, state: Mamba2State | None) -> Tensor:
         past = None if state is None else state.conv
         if state is not None:
             state.conv = causal_conv1d_state(xbc, self.config.conv_kernel, past)

@@ -6,12 +6,13 @@ from typing import Literal
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.blocks.context import Context
+from archzoo.blocks.linear import Linear
 from archzoo.blocks.mixers.attention import KVState, attend, visible_pairs
 from archzoo.blocks.norm import RMSNorm
-from archzoo.blocks.registry import MixerConfig, Site, require
+from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
 from archzoo.blocks.rope import RopeConfig, apply_rope
 
 
@@ -49,19 +50,19 @@ class MFAConfig(MixerConfig):
         return MFA(self, site)
 
 
-class MFA(nn.Module):
+class MFA(Mixer):
     """x [B, T, d] -> [B, T, d]; state: KVState of one head."""
 
     def __init__(self, config: MFAConfig, site: Site) -> None:
         super().__init__()
         self.config = c = config
         d, q = site.hidden_size, c.heads * c.head_dim
-        self.q_a_proj = nn.Linear(d, c.q_rank, bias=False)
+        self.q_a_proj = Linear(d, c.q_rank, bias=False)
         self.q_a_norm = RMSNorm(c.q_rank, site.norm_eps)
-        self.q_b_proj = nn.Linear(c.q_rank, q, bias=False)
-        self.k_proj = nn.Linear(d, c.head_dim, bias=False)
-        self.v_proj = nn.Linear(d, c.head_dim, bias=False)
-        self.o_proj = nn.Linear(q, d, bias=False)
+        self.q_b_proj = Linear(c.q_rank, q, bias=False)
+        self.k_proj = Linear(d, c.head_dim, bias=False)
+        self.v_proj = Linear(d, c.head_dim, bias=False)
+        self.o_proj = Linear(q, d, bias=False)
 
     def new_state(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVState:
         empty = torch.empty((batch, 1, slots, self.config.head_dim), device=device, dtype=dtype)

@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.blocks.context import Context
+from archzoo.blocks.linear import Linear
 from archzoo.blocks.mixers.attention import attend, visible_pairs
 from archzoo.blocks.norm import RMSNorm
-from archzoo.blocks.registry import MixerConfig, Site, require
+from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
 from archzoo.blocks.rope import RopeConfig, apply_rope
 from archzoo.cache import grown
 
@@ -126,22 +127,22 @@ class LatentState:
         return self.latent.nbytes
 
 
-class MLA(nn.Module):
+class MLA(Mixer):
     """x [B, T, d] -> [B, T, d]; state: LatentState."""
 
     def __init__(self, config: MLAConfig, site: Site) -> None:
         super().__init__()
         self.config = c = config
         d, q = site.hidden_size, c.heads * c.qk_dim
-        self.q_proj = nn.Linear(d, q, bias=False) if c.q_rank is None else None
-        self.q_a_proj = None if c.q_rank is None else nn.Linear(d, c.q_rank, bias=False)
-        self.q_b_proj = None if c.q_rank is None else nn.Linear(c.q_rank, q, bias=False)
+        self.q_proj = Linear(d, q, bias=False) if c.q_rank is None else None
+        self.q_a_proj = None if c.q_rank is None else Linear(d, c.q_rank, bias=False)
+        self.q_b_proj = None if c.q_rank is None else Linear(c.q_rank, q, bias=False)
         normed = c.latent_norm and c.q_rank is not None
         self.q_a_norm = RMSNorm(c.q_rank or 0, c.latent_norm_eps) if normed else None
-        self.kv_a_proj = nn.Linear(d, c.kv_rank + c.rope_dim, bias=False)
+        self.kv_a_proj = Linear(d, c.kv_rank + c.rope_dim, bias=False)
         self.kv_a_norm = RMSNorm(c.kv_rank, c.latent_norm_eps) if c.latent_norm else None
-        self.kv_b_proj = nn.Linear(c.kv_rank, c.kv_heads * (c.nope_dim + c.v_dim), bias=False)
-        self.o_proj = nn.Linear(c.heads * c.v_dim, d, bias=False)
+        self.kv_b_proj = Linear(c.kv_rank, c.kv_heads * (c.nope_dim + c.v_dim), bias=False)
+        self.o_proj = Linear(c.heads * c.v_dim, d, bias=False)
         self.scale = c.qk_dim**-0.5 * c.rope.softmax_factor
 
     def new_state(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> LatentState:
@@ -153,7 +154,8 @@ class MLA(nn.Module):
         if self.q_proj is not None:
             q = self.q_proj(x)
         else:
-            assert self.q_a_proj is not None and self.q_b_proj is not None
+            assert self.q_a_proj is not None
+            assert self.q_b_proj is not None
             q = self.q_a_proj(x)
             q = self.q_b_proj(q if self.q_a_norm is None else self.q_a_norm(q))
         return q.unflatten(-1, (self.config.heads, self.config.qk_dim))

@@ -28,7 +28,10 @@ EXPERTS = [
     ),
     Rule("layers.{i}.ffn.experts.down", "model.layers.{i}.mlp.experts.{e}.down_proj.weight"),
     *(
-        Rule(f"layers.{{i}}.ffn.shared.{p}_proj.weight", f"model.layers.{{i}}.mlp.shared_experts.{p}_proj.weight")
+        Rule(
+            f"layers.{{i}}.ffn.shared.{p}_proj.weight",
+            f"model.layers.{{i}}.mlp.shared_experts.{p}_proj.weight",
+        )
         for p in ("gate", "up", "down")
     ),
 ]
@@ -58,7 +61,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     specs = config.specs
     first = next(i for i, s in enumerate(specs) if isinstance(s.ffn, MoEConfig))
     mixer, moe = specs[first].mixer, specs[first].ffn
-    assert isinstance(mixer, AttentionConfig) and isinstance(moe, MoEConfig)
+    assert isinstance(mixer, AttentionConfig)
+    assert isinstance(moe, MoEConfig)
     dense = specs[0].ffn
     hf = {
         "architectures": ["DeepseekForCausalLM"],

@@ -38,7 +38,7 @@ def read_rope(hf: dict[str, Any], **extra: Any) -> dict[str, Any]:
     theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     names = {"original_max_position_embeddings": "original_max_positions"}
     known = set(RopeConfig.model_fields)
-    data = {names.get(k, k): v for k, v in scaling.items() if v is not None}
+    data: dict[str, Any] = {names.get(str(k), str(k)): v for k, v in scaling.items() if v is not None}
     if unknown := sorted(set(data) - known):
         raise ConfigError(f"config.json: rope key '{unknown[0]}' is not supported")
     return {"kind": kind, "theta": theta, **data, **extra}
@@ -124,7 +124,8 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     mixer, ffn = config.layers.default.mixer, config.layers.default.ffn
-    assert isinstance(mixer, AttentionConfig) and isinstance(ffn, SwiGLUConfig)
+    assert isinstance(mixer, AttentionConfig)
+    assert isinstance(ffn, SwiGLUConfig)
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -138,7 +139,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="llama",
-    claims=lambda files: files["config.json"].get("model_type") == "llama" and "hybrid_config.json" not in files,
+    claims=lambda files: (
+        files["config.json"].get("model_type") == "llama" and "hybrid_config.json" not in files
+    ),
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *MLP],

@@ -13,6 +13,11 @@ from archzoo.errors import ConfigError
 FIXED = {"use_bias": False, "use_conv_bias": True, "rms_norm": True, "hidden_act": "silu"}
 
 
+def _number(value: float | dict[str, str]) -> float:
+    """A JSON number, or transformers' spelling of an infinite one."""
+    return float(value["__float__"]) if isinstance(value, dict) else value
+
+
 def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
     for key, expected in FIXED.items():
@@ -26,13 +31,13 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
         "groups": hf["n_groups"],
         "conv_kernel": hf["conv_kernel"],
         "norm_eps": hf["layer_norm_epsilon"],
-        "dt_limit": tuple(hf["time_step_limit"]),
+        "dt_limit": tuple(_number(v) for v in hf["time_step_limit"]),
     }
     ids = {k: hf[k] for k in TOKEN_IDS if hf.get(k) is not None}
     return {
         "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
-        "max_positions": 1 << 20,
+        "max_positions": hf.get("max_position_embeddings", 1 << 20),
         "tie_embeddings": hf["tie_word_embeddings"],
         "norm_eps": hf["layer_norm_epsilon"],
         "init_std": hf["initializer_range"],
@@ -59,13 +64,16 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "state_size": mixer.state_size,
         "n_groups": mixer.groups,
         "conv_kernel": mixer.conv_kernel,
-        "expand": mixer.inner / config.hidden_size if mixer.inner % config.hidden_size else mixer.inner // config.hidden_size,
+        "expand": mixer.inner / config.hidden_size
+        if mixer.inner % config.hidden_size
+        else mixer.inner // config.hidden_size,
         "chunk_size": 256,
         "time_step_limit": list(mixer.dt_limit),
         "time_step_min": DT_RANGE[0],
         "time_step_max": DT_RANGE[1],
         "time_step_floor": DT_FLOOR,
         "A_initializer_range": list(A_RANGE),
+        "max_position_embeddings": config.max_positions,
         "residual_in_fp32": True,
         "use_cache": True,
         **{k: v for k in TOKEN_IDS if (v := getattr(config, k)) is not None},
@@ -75,7 +83,16 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def mixer_rules(prefix: str) -> list[Rule]:
     """The Mamba-2 parameters keep the names of the original code."""
-    names = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+    names = (
+        "in_proj.weight",
+        "conv1d.weight",
+        "conv1d.bias",
+        "dt_bias",
+        "A_log",
+        "D",
+        "norm.weight",
+        "out_proj.weight",
+    )
     return [Rule(f"layers.{{i}}.mixer.{n}", f"{prefix}.{n}") for n in names]
 
 

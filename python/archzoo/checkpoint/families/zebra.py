@@ -55,7 +55,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     mla = next((s.mixer for s in specs if isinstance(s.mixer, MLAConfig)), None)
     mamba = next((s.mixer for s in specs if isinstance(s.mixer, Mamba2Config)), None)
     ffn = specs[0].ffn
-    assert isinstance(ffn, SwiGLUConfig) and (mla or mamba)
+    assert isinstance(ffn, SwiGLUConfig)
+    assert mla or mamba
     outer = write_outer(config)
     heads = (mla or mamba).heads  # type: ignore[union-attr]
     hybrid: dict[str, Any] = {
@@ -132,7 +133,10 @@ FAMILY = Family(
     rules=[
         *OUTER,
         *MLP,
-        *(Rule(f"layers.{{i}}.mixer.{a}.weight", f"model.layers.{{i}}.mla.{b}.weight") for a, b in _MLA.items()),
+        *(
+            Rule(f"layers.{{i}}.mixer.{a}.weight", f"model.layers.{{i}}.mla.{b}.weight")
+            for a, b in _MLA.items()
+        ),
         *mixer_rules("model.layers.{i}.mamba"),
     ],
     dropped=[r"model\.layers\.\d+\.mla\.w[kv]_b", r"model\.layers\.\d+\..*rotary_emb.*"],

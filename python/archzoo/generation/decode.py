@@ -104,12 +104,16 @@ def _prompt(
     else:
         ids = input_ids
     if ids.dim() != 2 or ids.shape[1] == 0:
-        raise InputError(f"input_ids must be [batch, tokens] with at least one token, found {list(ids.shape)}")
+        raise InputError(
+            f"input_ids must be [batch, tokens] with at least one token, found {list(ids.shape)}"
+        )
     ids = ids.to(device)
     if mask is None or bool(mask.all()):
         return ids, None
     if mask.shape != ids.shape:
-        raise InputError(f"attention_mask {list(mask.shape)} must have the shape of input_ids {list(ids.shape)}")
+        raise InputError(
+            f"attention_mask {list(mask.shape)} must have the shape of input_ids {list(ids.shape)}"
+        )
     seen = mask.to(device).bool()
     if bool((seen[:, :-1] & ~seen[:, 1:]).any()) or not bool(seen[:, -1].all()):
         raise InputError("padding must stand on the left, and every row needs at least one token")

@@ -1,0 +1,180 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use archzoo_checkpoint::{Dtype, Error, FolderWriter, Reader, Request, Tensor};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::pool;
+
+pyo3::create_exception!(
+    archzoo._rust,
+    CheckpointError,
+    PyException,
+    "A checkpoint that cannot be read or written: names the file, the tensor, what was expected and found."
+);
+
+fn to_python(error: Error) -> PyErr {
+    CheckpointError::new_err(error.to_string())
+}
+
+/// An open safetensors checkpoint, one file or sharded, checked as a whole before a tensor is read.
+#[pyclass(frozen, module = "archzoo._rust")]
+pub struct CheckpointReader(Reader);
+
+/// Name, destination, rows.
+type PyRequest<'py> = (String, Bound<'py, PyArray1<u8>>, Option<(u64, u64)>);
+
+#[pymethods]
+impl CheckpointReader {
+    /// Opens a `.safetensors` file, an index file, or a folder that holds one of them.
+    #[new]
+    fn new(py: Python, path: PathBuf) -> PyResult<Self> {
+        py.detach(|| pool::run(|| Reader::open(&path)))?.map(Self).map_err(to_python)
+    }
+
+    /// Names of the tensors: by file name, then in the order of their bytes.
+    fn keys(&self) -> Vec<&str> {
+        self.0.tensors().map(|(tensor, _)| tensor.name.as_str()).collect()
+    }
+
+    /// Dtype as the format writes it, shape, and path of the file.
+    fn info<'py>(&self, py: Python<'py>, name: &str) -> PyResult<(&str, Bound<'py, PyTuple>, String)> {
+        let (tensor, file) = self.0.tensor(name).map_err(to_python)?;
+        let shape = PyTuple::new(py, &tensor.shape)?;
+        Ok((tensor.dtype.name(), shape, file.to_string_lossy().into_owned()))
+    }
+
+    /// The headers' free-form strings; of shards that disagree, the first.
+    #[getter]
+    fn metadata(&self) -> BTreeMap<&str, &str> {
+        self.0.metadata()
+    }
+
+    /// Reads tensors, or rows `start..end` of them, straight into contiguous byte arrays of their length.
+    fn read_into(&self, py: Python, requests: Vec<PyRequest>) -> PyResult<()> {
+        refuse_overlaps(&requests)?;
+        let mut arrays = requests
+            .iter()
+            .map(|(name, array, _)| {
+                array
+                    .try_readwrite()
+                    .map_err(|e| PyValueError::new_err(format!("destination of {name:?}: {e}")))
+            })
+            .collect::<PyResult<Vec<PyReadwriteArray1<u8>>>>()?;
+        let requests = requests
+            .iter()
+            .zip(&mut arrays)
+            .map(|((name, _, rows), array)| {
+                let destination = array.as_slice_mut().map_err(|_| not_contiguous("destination", name))?;
+                Ok(Request { name, destination, rows: *rows })
+            })
+            .collect::<PyResult<Vec<Request>>>()?;
+        py.detach(|| pool::run(|| self.0.read_into(requests)))?.map_err(to_python)
+    }
+}
+
+/// Views of one buffer may meet although numpy sees different arrays.
+fn refuse_overlaps(requests: &[PyRequest]) -> PyResult<()> {
+    let mut ranges: Vec<(usize, usize, &str)> = requests
+        .iter()
+        .filter(|(_, array, _)| array.len() > 0)
+        .map(|(name, array, _)| (array.data() as usize, array.data() as usize + array.len(), name.as_str()))
+        .collect();
+    ranges.sort_unstable();
+    for pair in ranges.windows(2) {
+        let ((_, end, first), (start, _, second)) = (pair[0], pair[1]);
+        if start < end {
+            let message = format!("destinations of {first:?} and {second:?} overlap");
+            return Err(PyValueError::new_err(message));
+        }
+    }
+    Ok(())
+}
+
+fn not_contiguous(what: &str, name: &str) -> PyErr {
+    PyValueError::new_err(format!("{what} of {name:?} must be contiguous"))
+}
+
+/// Name, dtype, shape, bytes.
+type PyTensor<'py> = (String, String, Vec<u64>, Bound<'py, PyAny>);
+
+/// Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index, into an existing
+/// folder, through to the disk. Tensors are dealt to shards in the given order.
+#[pyfunction]
+pub fn write_shards(
+    py: Python,
+    folder: PathBuf,
+    tensors: Vec<PyTensor>,
+    max_shard_bytes: u64,
+) -> PyResult<()> {
+    let arrays = tensors
+        .iter()
+        .map(|(name, _, _, array)| {
+            array.extract().map_err(|_| {
+                PyTypeError::new_err(format!("bytes of {name:?} must be a 1-D numpy array of uint8"))
+            })
+        })
+        .collect::<PyResult<Vec<PyReadonlyArray1<u8>>>>()?;
+    let tensors = tensors
+        .iter()
+        .zip(&arrays)
+        .map(|((name, dtype, shape, _), array)| {
+            let dtype = Dtype::from_name(dtype)
+                .ok_or_else(|| PyValueError::new_err(format!("dtype of {name:?} is unknown: {dtype:?}")))?;
+            let bytes = array.as_slice().map_err(|_| not_contiguous("bytes", name))?;
+            Ok(Tensor { name, dtype, shape, bytes })
+        })
+        .collect::<PyResult<Vec<Tensor>>>()?;
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    py.detach(|| pool::run(|| archzoo_checkpoint::save(&folder, &tensors, max_shard_bytes, &metadata)))?
+        .map_err(to_python)
+}
+
+/// Builds a folder beside its final place and puts it there in one step. As a context manager it aborts unless
+/// committed.
+#[pyclass(name = "FolderWriter", module = "archzoo._rust")]
+pub struct PyFolderWriter(Option<FolderWriter>);
+
+#[pymethods]
+impl PyFolderWriter {
+    /// Locks `final` against other writers and makes the temporary folder.
+    #[new]
+    #[pyo3(signature = (r#final))]
+    fn new(py: Python, r#final: PathBuf) -> PyResult<Self> {
+        py.detach(|| FolderWriter::new(&r#final)).map(|writer| Self(Some(writer))).map_err(to_python)
+    }
+
+    /// The temporary folder.
+    #[getter]
+    fn path(&self) -> PyResult<&Path> {
+        self.0.as_ref().map(FolderWriter::path).ok_or_else(ended)
+    }
+
+    /// Puts the folder in its final place. Other files of an older folder are carried over, not its weights.
+    fn commit(&mut self, py: Python) -> PyResult<()> {
+        let writer = self.0.take().ok_or_else(ended)?;
+        py.detach(|| writer.commit()).map_err(to_python)
+    }
+
+    /// Removes the temporary folder. Does nothing after a commit.
+    fn abort(&mut self, py: Python) {
+        let writer = self.0.take();
+        py.detach(|| drop(writer));
+    }
+
+    fn __enter__(this: Py<Self>) -> Py<Self> {
+        this
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&mut self, py: Python, _exception: &Bound<PyTuple>) {
+        self.abort(py);
+    }
+}
+
+fn ended() -> PyErr {
+    CheckpointError::new_err("this writer has ended: it was committed or aborted")
+}

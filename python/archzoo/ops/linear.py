@@ -1,0 +1,53 @@
+"""Linear layers. On a CPU, decoding multiplies few rows: that is bound by reading the weights, and Rust reads
+them faster than a blocked matrix product does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.ops.backend import choose
+
+FEW_ROWS = 8  # more rows reuse the weights, which a blocked product does better
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    if _few(x, weight):
+        return _rust(x, [(weight, bias)])[0]
+    return F.linear(x, weight, bias)
+
+
+def linears(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """Several linear layers of one input, in one pass where that is faster."""
+    if all(_few(x, weight) for weight, _ in parts):
+        return _rust(x, parts)
+    return [F.linear(x, weight, bias) for weight, bias in parts]
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    """Whether Rust's product of a few rows applies: CPU, fp32 or bf16, no gradient, not under compile."""
+    if torch.compiler.is_compiling() or x.numel() > FEW_ROWS * weight.shape[1] or x.numel() == 0:
+        return False
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return choose(x) == "cpu" and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
+
+
+def _rust(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    from archzoo import _rust
+
+    x = x.contiguous()
+    k = x.shape[-1]
+    outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight, _ in parts]
+    addresses = [
+        (weight.data_ptr(), weight.shape[0], 0 if bias is None else bias.data_ptr(), out.data_ptr())
+        for (weight, bias), out in zip(parts, outs, strict=True)
+    ]
+    _rust.linear(
+        x.data_ptr(), x.numel() // k, k, x.dtype == torch.bfloat16, torch.get_num_threads(), addresses
+    )
+    return outs
