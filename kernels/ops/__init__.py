@@ -1,1 +1,1 @@
-"""Triton kernels, one family a file, and the functions that launch them. Nothing here is imported at start-up."""
+"""Triton kernels, one family a file, and the functions that launch them."""

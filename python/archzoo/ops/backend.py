@@ -35,7 +35,7 @@ _forced = _known(os.environ.get("ARCHZOO_BACKEND") or "auto")
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend ("auto", "reference" or "triton") inside a `with` block; ARCHZOO_BACKEND sets the default."""
+    """Force "auto", "reference" or "triton" in a `with` block; ARCHZOO_BACKEND sets the default."""
     global _forced
     previous, _forced = _forced, _known(name)
     try:
@@ -52,7 +52,7 @@ def _decide(tensor: torch.Tensor) -> tuple[str, str]:
         if not HAS_TRITON:
             return "", "triton is not installed"
         if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
-            return "", f"the tensor is on '{kind}' (CPU tensors need TRITON_INTERPRET=1, set before the first import)"
+            return "", f"the tensor is on '{kind}' (CPU tensors need TRITON_INTERPRET=1 before the import)"
         if tensor.dtype == torch.float64:
             return "", "Triton kernels compute in float32 and the tensor is float64"
         return "triton", "it is forced"

@@ -1,10 +1,12 @@
-"""Causal depthwise convolution over time with an optional SiLU (Mamba, 2312.00752): sequence, carried state, one step.
+"""Causal depthwise convolution over time with an optional SiLU (Mamba, 2312.00752).
 
 Layout [B, T, C] throughout. Products are in float32 (float64 for float64 inputs); y has the dtype of x.
 `*_reference` is the definition of each op.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,7 @@ def causal_conv1d_step_reference(
     return (y if activation is None else F.silu(y)).to(x.dtype)
 
 
-# --- CPU ---------------------------------------------------------------------------------------------------------
+# --- CPU -------------------------------------------------------------------------------------------
 # K shifted multiply-adds in place: three times as fast as F.conv1d(groups=C), which wants [B, C, T].
 
 
@@ -101,8 +103,8 @@ def _causal_conv1d_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None
 ) -> Tensor:
     K, wide = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
-    taps = F.pad(x, (0, 0, K - 1, 0)) if state is None else torch.cat([state[:, 1:].to(x.dtype), x], 1)
-    taps, weight, bias = taps.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    x_wide, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    taps = F.pad(x_wide, (0, 0, K - 1, 0)) if state is None else torch.cat([state[:, 1:].to(wide), x_wide], 1)
     needs_grad = taps.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
         y: Tensor = _Conv.apply(taps, weight, bias, activation == "silu")
@@ -112,7 +114,88 @@ def _causal_conv1d_cpu(
     return y.to(x.dtype)
 
 
-# --- Ops ---------------------------------------------------------------------------------------------------------
+# --- Triton -------------------------------------------------------------------------------------------
+
+_MAX_TAPS = 8  # the kernels unroll K * K loads
+
+
+@torch.library.custom_op("archzoo::causal_conv1d", mutates_args=())
+def _conv_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
+    from archzoo.kernels.ops import conv
+
+    return conv.conv1d(x, weight, bias, silu, state, seq_idx)
+
+
+@torch.library.custom_op("archzoo::causal_conv1d_backward", mutates_args=())
+def _conv_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from archzoo.kernels.ops import conv
+
+    dx, dw, db, dstate = conv.conv1d_backward(dy, x, weight, bias, silu, state, seq_idx)
+    return dx, dw, x.new_empty(0) if db is None else db, x.new_empty(0) if dstate is None else dstate
+
+
+@torch.library.custom_op("archzoo::causal_conv1d_step", mutates_args=("state",))
+def _conv_step_op(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    from archzoo.kernels.ops import conv
+
+    return conv.conv1d_step(x, state, weight, bias, silu)
+
+
+def _new(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_conv_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
+    return _new(x)
+
+
+@_conv_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    db, dstate = (x.new_empty(0) if t is None else _new(t) for t in (bias, state))
+    return _new(x), _new(weight), db, dstate
+
+
+@_conv_step_op.register_fake
+def _(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    return _new(x)
+
+
+def _conv_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, ctx.silu, state, seq_idx = inputs
+    ctx.save_for_backward(x, weight, bias, state, seq_idx)
+
+
+def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, state, seq_idx = ctx.saved_tensors
+    dx, dw, db, dstate = _conv_backward_op(dy, x, weight, bias, ctx.silu, state, seq_idx)
+    return dx, dw, None if bias is None else db, None, None if state is None else dstate, None
+
+
+_conv_op.register_autograd(_conv_grad, setup_context=_conv_setup)
+
+
+# --- Ops -------------------------------------------------------------------------------------------
 
 
 def causal_conv1d(
@@ -136,8 +219,12 @@ def causal_conv1d(
         y [B, T, C].
     """
     weight = _weight(weight, activation)
-    if choose(x) == "cpu" and seq_idx is None and not torch.compiler.is_compiling():
+    backend = choose(x)
+    if backend == "cpu" and seq_idx is None and not torch.compiler.is_compiling():
         return _causal_conv1d_cpu(x, weight, bias, activation, state)
+    if backend == "triton" and weight.shape[1] <= _MAX_TAPS:
+        y: Tensor = _conv_op(x, weight, bias, activation == "silu", state, seq_idx)
+        return y
     return causal_conv1d_reference(x, weight, bias, activation, state, seq_idx)
 
 
@@ -153,5 +240,11 @@ def causal_conv1d_state(x: Tensor, kernel_size: int, state: Tensor | None = None
 def causal_conv1d_step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "silu"
 ) -> Tensor:
-    """One step of `causal_conv1d`.  x [B, C], state [B, K, C] (updated in place), weight [C, K] -> y [B, C]."""
+    """One step of `causal_conv1d`, without gradients.  x [B, C] -> y [B, C].
+
+    `state` [B, K, C] is updated in place: rolled left, x appended. The rest is as in `causal_conv1d`.
+    """
+    if choose(x) == "triton" and state.is_contiguous():
+        y: Tensor = _conv_step_op(x, state, _weight(weight, activation), bias, activation == "silu")
+        return y
     return causal_conv1d_step_reference(x, state, weight, bias, activation)

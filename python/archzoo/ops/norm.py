@@ -1,10 +1,12 @@
-"""RMSNorm (1910.07467), with a fused residual sum, with LayerNorm Scaling (2502.05795), and gated (Mamba-2, 2405.21060).
+"""RMSNorm (1910.07467): plain, after a residual sum, with LayerNorm Scaling (2502.05795), gated (2405.21060).
 
 Statistics and products are in float32 (float64 for float64 inputs); the result has the dtype of the input.
 `*_reference` is the definition of each op.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ def _groups(x: Tensor, group_size: int | None) -> Tensor:
     return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: float = 1.0) -> Tensor:
+def rms_norm_reference(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: float = 1.0
+) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight * scale.  x [..., d], weight [d] -> y [..., d]."""
     h = _wide(x)
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * scale
@@ -46,7 +50,7 @@ def gated_rms_norm_reference(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """norm(y * silu(gate)) * weight, or norm(y) * weight * silu(gate).  y, gate [..., d], weight [d] -> [..., d].
+    """norm(y * silu(gate)) * weight, or norm(y) * weight * silu(gate).  y, gate, result [..., d], weight [d].
 
     Statistics are taken over each group of `group_size` channels (None: all of them).
     """
@@ -56,7 +60,7 @@ def gated_rms_norm_reference(
     return (out * g if norm_before_gate else out).to(y.dtype)
 
 
-# --- CPU ---------------------------------------------------------------------------------------------------------
+# --- CPU -------------------------------------------------------------------------------------------
 # Two passes over x forward and a closed-form backward: half the time of autograd over the definition.
 
 
@@ -91,23 +95,145 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) ->
         return rms_norm_reference(x, weight, eps, scale)
     h, w = _wide(x), None if weight is None else weight.to(torch.promote_types(x.dtype, torch.float32))
     if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
-        return _RMSNorm.apply(h, w, eps, scale).to(x.dtype)  # type: ignore[no-any-return]
-    return _rms_forward(h, w, eps, scale)[0].to(x.dtype)
+        y: Tensor = _RMSNorm.apply(h, w, eps, scale)
+    else:
+        y = _rms_forward(h, w, eps, scale)[0]
+    return y.to(x.dtype)
 
 
 def _gated_rms_norm_cpu(
-    y: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int | None, norm_before_gate: bool
+    y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
     g = F.silu(_wide(gate))
     h = _wide(y) if norm_before_gate else _wide(y) * g
-    if group_size is None or group_size == h.shape[-1]:
+    if size == h.shape[-1]:
         out = _rms_norm_cpu(h, weight, eps, 1.0)
     else:
-        out = _rms_norm_cpu(_groups(h, group_size), None, eps, 1.0).flatten(-2) * weight
+        out = _rms_norm_cpu(_groups(h, size), None, eps, 1.0).flatten(-2) * weight
     return (out * g if norm_before_gate else out).to(y.dtype)
 
 
-# --- Ops ---------------------------------------------------------------------------------------------------------
+# --- Triton -------------------------------------------------------------------------------------------
+
+_MAX_ROW = 8192  # channels that fit the registers of one program; longer rows take the definition
+
+
+@torch.library.custom_op("archzoo::rms_norm", mutates_args=())
+def _rms_norm_op(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+    from archzoo.kernels.ops import norm
+
+    return norm.rms_norm(x, None, weight, eps, scale)[0]
+
+
+@torch.library.custom_op("archzoo::add_rms_norm", mutates_args=())
+def _add_rms_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    from archzoo.kernels.ops import norm
+
+    return norm.rms_norm(x, residual, weight, eps, scale)
+
+
+@torch.library.custom_op("archzoo::rms_norm_backward", mutates_args=())
+def _rms_norm_backward_op(
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    from archzoo.kernels.ops import norm
+
+    dx, dw = norm.rms_norm_backward(dy, dsummed, x, weight, eps, scale)
+    return dx, x.new_empty(0) if dw is None else dw
+
+
+@torch.library.custom_op("archzoo::gated_rms_norm", mutates_args=())
+def _gated_rms_norm_op(
+    y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
+) -> Tensor:
+    from archzoo.kernels.ops import norm
+
+    return norm.gated_rms_norm(y, gate, weight, eps, size, norm_before_gate)
+
+
+@torch.library.custom_op("archzoo::gated_rms_norm_backward", mutates_args=())
+def _gated_rms_norm_backward_op(
+    dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from archzoo.kernels.ops import norm
+
+    return norm.gated_rms_norm_backward(dout, y, gate, weight, eps, size, norm_before_gate)
+
+
+def _new(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+@_rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+    return _new(x)
+
+
+@_add_rms_norm_op.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, scale: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return _new(x, dtype), _new(x, dtype)
+
+
+@_rms_norm_backward_op.register_fake
+def _(
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _new(x), x.new_empty(0) if weight is None else _new(weight)
+
+
+@_gated_rms_norm_op.register_fake
+def _(y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool) -> Tensor:
+    return _new(y)
+
+
+@_gated_rms_norm_backward_op.register_fake
+def _(
+    dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new(y), _new(gate), _new(weight)
+
+
+def _rms_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, *ctx.args = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    dx, dw = _rms_norm_backward_op(dy, None, x, weight, *ctx.args)
+    return dx, None if weight is None else dw, None, None
+
+
+def _add_rms_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, residual, weight, *ctx.args = inputs
+    ctx.dtypes = x.dtype, residual.dtype
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_rms_norm_grad(ctx: Any, dy: Tensor, dsummed: Tensor) -> tuple[Any, ...]:
+    summed, weight = ctx.saved_tensors
+    dx, dw = _rms_norm_backward_op(dy, dsummed, summed, weight, *ctx.args)
+    return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), None if weight is None else dw, None, None
+
+
+def _gated_rms_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    y, gate, weight, *ctx.args = inputs
+    ctx.save_for_backward(y, gate, weight)
+
+
+def _gated_rms_norm_grad(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    return *_gated_rms_norm_backward_op(dout, *ctx.saved_tensors, *ctx.args), None, None, None
+
+
+_rms_norm_op.register_autograd(_rms_norm_grad, setup_context=_rms_norm_setup)
+_add_rms_norm_op.register_autograd(_add_rms_norm_grad, setup_context=_add_rms_norm_setup)
+_gated_rms_norm_op.register_autograd(_gated_rms_norm_grad, setup_context=_gated_rms_norm_setup)
+
+
+# --- Ops -------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: float = 1.0) -> Tensor:
@@ -115,18 +241,26 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: 
 
     `scale` is the factor 1/sqrt(layer) of LayerNorm Scaling.
     """
-    if choose(x) == "cpu":
+    backend = choose(x)
+    if backend == "cpu":
         return _rms_norm_cpu(x, weight, eps, scale)
+    if backend == "triton" and x.shape[-1] <= _MAX_ROW:
+        y: Tensor = _rms_norm_op(x, weight, eps, scale)
+        return y
     return rms_norm_reference(x, weight, eps, scale)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """summed = x + residual, y = rms_norm(summed).  x, residual [..., d], weight [d] -> y, summed [..., d]."""
-    if choose(x) == "cpu":
+    """summed = x + residual, y = rms_norm(summed).  x, residual, y, summed [..., d], weight [d]."""
+    backend = choose(x)
+    if backend == "cpu":
         summed = x + residual
         return _rms_norm_cpu(summed, weight, eps, scale), summed
+    if backend == "triton" and x.shape[-1] <= _MAX_ROW and x.shape == residual.shape:
+        both: tuple[Tensor, Tensor] = _add_rms_norm_op(x, residual, weight, eps, scale)
+        return both
     return add_rms_norm_reference(x, residual, weight, eps, scale)
 
 
@@ -138,12 +272,17 @@ def gated_rms_norm(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """norm(y * silu(gate)) * weight, or norm(y) * weight * silu(gate).  y, gate [..., d], weight [d] -> [..., d].
+    """norm(y * silu(gate)) * weight, or norm(y) * weight * silu(gate).  y, gate, result [..., d], weight [d].
 
     Statistics are taken over each group of `group_size` channels (None: all of them).
     """
-    if group_size is not None and (group_size < 1 or y.shape[-1] % group_size):
-        raise InputError(f"gated_rms_norm: group_size {group_size} does not divide {y.shape[-1]} channels")
-    if choose(y) == "cpu":
-        return _gated_rms_norm_cpu(y, gate, weight, eps, group_size, norm_before_gate)
-    return gated_rms_norm_reference(y, gate, weight, eps, group_size, norm_before_gate)
+    size = y.shape[-1] if group_size is None else group_size
+    if size < 1 or y.shape[-1] % size:
+        raise InputError(f"gated_rms_norm: group_size {size} does not divide {y.shape[-1]} channels")
+    backend = choose(y)
+    if backend == "cpu":
+        return _gated_rms_norm_cpu(y, gate, weight, eps, size, norm_before_gate)
+    if backend == "triton" and size <= _MAX_ROW and y.shape == gate.shape:
+        out: Tensor = _gated_rms_norm_op(y, gate, weight, eps, size, norm_before_gate)
+        return out
+    return gated_rms_norm_reference(y, gate, weight, eps, size, norm_before_gate)
