@@ -126,7 +126,7 @@ def test_gradients_are_finite_and_right_under_strong_decay() -> None:
     assert grad.isfinite().all()
 
 
-# --- the block ---------------------------------------------------------------------------------------
+# --- the block ------------------------------------------------------------------------------------
 
 
 PLAIN = Mamba2Config(heads=4, head_dim=16, state_size=8)

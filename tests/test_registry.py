@@ -103,7 +103,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> N
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# --- sizes -------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def test_parameters_and_build_time(model_name: str) -> None:
@@ -211,7 +211,7 @@ def test_step3_cache_at_8192_in_8_bit() -> None:
     assert archzoo.cost("step-3", seq_len=8192).cache_bytes / 2 == pytest.approx(255.9e6, rel=1e-3)
 
 
-# --- the tiny model of each structure ----------------------------------------------------------------------
+# --- the tiny model of each structure -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
