@@ -28,9 +28,7 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
-) -> Tensor:
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
     rep = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -49,9 +47,10 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     """One query per row: the H / G queries of a group are the rows of one small product."""
     b, h, _, d = q.shape
     g = k.shape[1]
-    rows = q.reshape(b, g, h // g, d) * scale
-    scores = rows @ k.transpose(-1, -2)
-    if mask is not None:  # finite, so that a query which sees nothing gives no NaN
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
-    return (probs @ v).reshape(b, h, 1, v.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)  # rounded scores would be off by up to 2^-8 of their size
+    scores = (q.reshape(b, g, h // g, d).to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    if mask is None:
+        probs = scores.softmax(-1)
+    else:  # a finite minimum, so that a query which sees nothing gives no NaN
+        probs = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1).masked_fill(~mask, 0.0)
+    return (probs.to(v.dtype) @ v).reshape(b, h, 1, v.shape[-1])
