@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, FlockOperation, access, flock};
+use rustix::fs::{Access, AtFlags, CWD, FlockOperation, accessat, flock};
 use rustix::io::Errno;
 
 use crate::writer::sync_folder;
@@ -34,7 +34,8 @@ impl FolderWriter {
                 return Err(Error::new(&found, "expected a folder, found something else"));
             }
             Ok(found) => {
-                access(&found, Access::WRITE_OK).map_err(|e| Error::io(&found, "write to")(e.into()))?;
+                accessat(CWD, &found, Access::WRITE_OK, AtFlags::EACCESS)
+                    .map_err(|e| Error::io(&found, "write to")(e.into()))?;
                 found
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound && !target.is_symlink() => {
@@ -250,7 +251,7 @@ fn publish(new: &Path, target: &Path) -> Result<()> {
 
 #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
 fn exchange(new: &Path, target: &Path) -> rustix::io::Result<()> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::fs::{RenameFlags, renameat_with};
     renameat_with(CWD, new, CWD, target, RenameFlags::EXCHANGE)
 }
 

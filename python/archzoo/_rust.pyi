@@ -1,0 +1,138 @@
+"""The native module: routing and checkpoint IO in Rust. All work runs with the interpreter released."""
+
+import os
+from pathlib import Path
+from typing import Self, final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointReader",
+    "FolderWriter",
+    "__version__",
+    "gate",
+    "instruction_set",
+    "linear",
+    "write_shards",
+]
+__version__: str
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""
+
+@final
+class CheckpointReader:
+    """An open safetensors checkpoint, one file or sharded, checked as a whole before a tensor is read.
+
+    Its files stay open: a folder that is replaced in the meantime does not change what is read.
+    """
+
+    def __new__(cls, path: str | os.PathLike[str]) -> Self:
+        """Opens a `.safetensors` file, an index file, or a folder that holds one of them."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The headers' free-form strings; of shards that disagree, the first."""
+    def keys(self) -> list[str]:
+        """Names of the tensors: by file name, then in the order of their bytes."""
+    def info(self, name: str) -> tuple[str, tuple[int, ...], str]:
+        """Dtype as the format writes it ("F32", "BF16", ...), shape, and path of the file."""
+    def read_into(self, requests: list[tuple[str, npt.NDArray[np.uint8], tuple[int, int] | None]]) -> None:
+        """Reads tensors, or rows `start..end` of them, into contiguous byte arrays of the same length."""
+
+@final
+class FolderWriter:
+    """Builds a folder beside its final place and puts it there in one step.
+
+    Until `commit` the final folder is what it was, whatever happens to this process. One writer at a time for
+    each final folder. As a context manager it aborts unless committed.
+    """
+
+    def __new__(cls, final: str | os.PathLike[str]) -> Self:
+        """Locks `final` against other writers and makes the temporary folder."""
+    @property
+    def path(self) -> Path:
+        """The temporary folder."""
+    def commit(self) -> None:
+        """Puts the folder in its final place.
+
+        Other files of an older folder are carried over, not its weights (`model*.safetensors` and the index).
+        """
+    def abort(self) -> None:
+        """Removes the temporary folder. Does nothing after a commit."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+def gate(
+    logits: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    dtype: str,
+    top_k: int,
+    score: str,
+    bias: npt.NDArray[np.float32] | None,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Chooses each token's experts.
+
+    Args:
+        logits: `[T, E]`, C-contiguous; float32, or the bits of `dtype` "bfloat16" or "float16" as uint16.
+        dtype: "float32", "bfloat16" or "float16".
+        top_k: Experts a token, `k`.
+        score: "softmax" or "sigmoid" of the logits, or "softmax_topk": choose by logit, then softmax over the
+            chosen.
+        bias: `[E]`, added to the scores for the choice only.
+        groups: Equal groups of neighbouring experts; 1 for none.
+        top_groups: Groups kept.
+        group_score: "top2_sum" or "max" of the group's choice scores.
+        renormalize: Divide the weights by their sum.
+        scale: Factor on the weights, after that.
+
+    Returns:
+        Weights `[T, k]` and ids `[T, k]`, by descending choice score, the lowest id first among equals.
+
+    Raises:
+        ValueError: An argument is out of its range, or a token's scores are NaN.
+        TypeError: `logits` is no 2-D array of the stated storage.
+    """
+
+def instruction_set() -> str:
+    """The vector instructions in use: "baseline", "avx2" or "avx512".
+
+    The environment variable ARCHZOO_INSTRUCTION_SET names a lower set than the CPU's best.
+    """
+
+def linear(
+    x: int,
+    rows: int,
+    k: int,
+    bfloat16: bool,
+    threads: int,
+    parts: list[tuple[int, int, int, int]],
+) -> None:
+    """`out = x Wᵀ + b` for several weights on one x `[rows, k]`, all of one dtype.
+
+    The arguments are addresses of contiguous CPU tensors; `archzoo.ops.linear` is the only caller.
+
+    Args:
+        x: Address of the input.
+        rows: Rows of `x`.
+        k: Columns of `x` and of each weight.
+        bfloat16: Whether all are bfloat16 (else float32).
+        threads: Most threads to use.
+        parts: Address and rows of a weight, address of its bias (0: none), address of its output.
+    """
+
+def write_shards(
+    folder: str | os.PathLike[str],
+    tensors: list[tuple[str, str, tuple[int, ...], npt.NDArray[np.uint8]]],
+    max_shard_bytes: int,
+) -> None:
+    """Writes a checkpoint into an existing folder, through to the disk.
+
+    One file, or shards of at most `max_shard_bytes` and their index. Tensors (name, dtype, shape, bytes) are
+    dealt to shards in the given order.
+    """
