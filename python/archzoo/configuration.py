@@ -201,7 +201,7 @@ class ModelConfig(BaseModel):
         data["layers"] = {
             "count": len(tiny),
             "default": tiny[0],
-            "override": [{"indices": (i,), **layer} for i, layer in enumerate(tiny) if i],
+            "override": [{"indices": (i,), **layer} for i, layer in enumerate(tiny) if layer != tiny[0]],
         }
         data["max_positions"] = min(self.max_positions, 512)
         return self.from_dict(data, f"{self.name} (tiny)")
