@@ -34,6 +34,8 @@ else:
 
     AnyMixer, AnyFfn, AnyDepth = _union(MixerConfig), _union(FfnConfig), _union(DepthConfig)
 
+_KINDS = {kind for base in (MixerConfig, FfnConfig, DepthConfig) for kind in kinds(base)}
+
 
 class LayerSpec(BaseModel):
     """One layer: norm scheme x token mixer x feed-forward x depth policy."""
@@ -78,8 +80,8 @@ class LayerPattern(BaseModel):
     def specs(self) -> tuple[LayerSpec, ...]:
         """One spec per layer."""
         out = [self.default] * self.count
-        for item in self.override:
-            changed = self._merged(item)
+        for number, item in enumerate(self.override):
+            changed = self._merged(number, item)
             for index in item.indices:
                 if not 0 <= index < self.count:
                     raise ConfigError(
@@ -88,7 +90,7 @@ class LayerPattern(BaseModel):
                 out[index] = changed
         return tuple(out)
 
-    def _merged(self, item: LayerOverride) -> LayerSpec:
+    def _merged(self, number: int, item: LayerOverride) -> LayerSpec:
         spec = self.default.model_dump()
         for slot in ("mixer", "ffn", "residual", "depth"):
             table = getattr(item, slot)
@@ -96,7 +98,10 @@ class LayerPattern(BaseModel):
                 continue
             old = spec[slot]
             spec[slot] = table if "kind" in table or old is None else _merge(old, table)
-        return LayerSpec.model_validate(spec)
+        try:
+            return LayerSpec.model_validate(spec)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, f"layers.override.{number}")) from None
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +239,9 @@ def _explain(error: ValidationError, where: str) -> str:
     """One line per fault: file, key, what is wrong, what was allowed."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        loc = [str(part) for part in item["loc"]]
+        tags = ("mixer", "ffn", "depth")  # pydantic puts the kind of a block after its slot
+        key = ".".join(p for i, p in enumerate(loc) if not (i and loc[i - 1] in tags and p in _KINDS))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"

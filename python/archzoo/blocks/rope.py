@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 
@@ -31,6 +31,12 @@ class RopeConfig(BaseModel):
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind in ("yarn", "llama3"):
+            self._original()
+        return self
 
     def inv_freq(self, dim: int) -> list[float]:
         """Angles per position of the dim/2 pairs, radians."""
@@ -74,7 +80,7 @@ class RopeConfig(BaseModel):
 
     def _original(self) -> int:
         if self.original_max_positions is None:
-            raise ValueError(f"rope kind '{self.kind}' needs original_max_positions")
+            raise ValueError(f"kind '{self.kind}' needs original_max_positions")
         return self.original_max_positions
 
     def _m(self, mscale: float) -> float:
