@@ -553,7 +553,7 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
         process = save_elsewhere(final, 1 << 18, "run")
         last = int(line_of(process))
         time.sleep(choose.uniform(0, 0.15))
-        last = int(([last, *kill(process).split()])[-1])  # the save that was killed
+        last = int([str(last), *kill(process).split()][-1])  # the save that was killed
         before = before if last == 2 else last - 1
         version = version_of(final)
         assert version in {before, last}
