@@ -169,7 +169,7 @@ def conv1d_backward(
                 contiguous(seq_idx), dx, dstate, dw, db, T, C, x.stride(0), x.stride(1), K, silu, **TILE_BWD,
             )  # fmt: skip
     dbias = None if bias is None or db is None else db.sum(0).to(bias.dtype)
-    return dx, dw.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format), dbias, dstate
+    return dx, dw.sum(0).t().contiguous().to(weight.dtype), dbias, dstate
 
 
 def conv1d_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:

@@ -48,7 +48,7 @@ def rms_norm_bwd(
         x = tl.load(X + row * stride_x + col, mask, 0.0).to(tl.float32)
         dy = tl.load(DY + row * stride_dy + col, mask, 0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / d + eps)
-        h = x * rstd
+        h = tl.where(mask, x * rstd, 0.0)  # with eps = 0, a row of padding is NaN
         if W is not None:
             dw += tl.sum(dy * h, 0, keep_dims=True)
             dy *= tl.load(W + col, col < d, 0.0).to(tl.float32)
@@ -103,7 +103,7 @@ def gated_rms_norm_bwd(
         else:
             h = y * silu
         rstd = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / size + eps)
-        h *= rstd
+        h = tl.where(mask, h * rstd, 0.0)  # with eps = 0, a row of padding is NaN
         dw += tl.sum(g * h, 0, keep_dims=True)
         w = tl.load(W + col, lane < size, 0.0).to(tl.float32)
         g *= w

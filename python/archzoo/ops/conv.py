@@ -77,26 +77,24 @@ class _Conv(torch.autograd.Function):
     """taps [B, K - 1 + T, C] (x with its past), weight [C, K], bias [C] -> y [B, T, C]."""
 
     @staticmethod
-    def forward(ctx, taps, weight, bias, silu):  # type: ignore[no-untyped-def]
-        y = _conv_forward(taps, weight, bias)
-        ctx.save_for_backward(taps, weight, y if silu else None)
-        return F.silu(y) if silu else y
+    def forward(ctx, taps, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(taps, weight)
+        return _conv_forward(taps, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        taps, weight, y = ctx.saved_tensors
-        g = dy if y is None else torch.ops.aten.silu_backward(dy, y)
-        w, T = weight.t().contiguous(), g.shape[1]
+        taps, weight = ctx.saved_tensors
+        w, T = weight.t().contiguous(), dy.shape[1]
         dtaps = dw = db = None
         if ctx.needs_input_grad[0]:
             dtaps = torch.zeros_like(taps)
             for k in range(len(w)):
-                dtaps[:, k : k + T].addcmul_(g, w[k])
+                dtaps[:, k : k + T].addcmul_(dy, w[k])
         if ctx.needs_input_grad[1]:
-            dw = torch.stack([(g * taps[:, k : k + T]).sum((0, 1)) for k in range(len(w))], 1)
+            dw = torch.stack([(dy * taps[:, k : k + T]).sum((0, 1)) for k in range(len(w))], 1)
         if ctx.needs_input_grad[2]:
-            db = g.sum((0, 1))
-        return dtaps, dw, db, None
+            db = dy.sum((0, 1))
+        return dtaps, dw, db
 
 
 def _causal_conv1d_cpu(
@@ -107,7 +105,8 @@ def _causal_conv1d_cpu(
     taps = F.pad(x_wide, (0, 0, K - 1, 0)) if state is None else torch.cat([state[:, 1:].to(wide), x_wide], 1)
     needs_grad = taps.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
-        y: Tensor = _Conv.apply(taps, weight, bias, activation == "silu")
+        y: Tensor = _Conv.apply(taps, weight, bias)
+        y = y if activation is None else F.silu(y)
     else:
         y = _conv_forward(taps, weight, bias)
         y = y if activation is None else F.silu(y, inplace=True)

@@ -64,29 +64,31 @@ def gated_rms_norm_reference(
 # Two passes over x forward and a closed-form backward: half the time of autograd over the definition.
 
 
-def _rms_forward(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-    y = x * (rstd * scale)
-    return (y if weight is None else y.mul_(weight)), rstd
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+
+
+def _rms_forward(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+    y = x * (_rstd(x, eps) * scale)
+    return y if weight is None else y.mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, scale):  # type: ignore[no-untyped-def]
-        y, rstd = _rms_forward(x, weight, eps, scale)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.scale = scale
-        return y
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.scale = eps, scale
+        return _rms_forward(x, weight, eps, scale)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, weight, rstd = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        rstd = _rstd(x, ctx.eps)
         rows = (dy * x).flatten(0, -2)
         dot = rows.sum(-1) if weight is None else rows @ weight
         dw = None if weight is None else rows.t() @ (rstd.flatten() * ctx.scale)
         dx = (dy if weight is None else dy * weight) * (rstd * ctx.scale)
-        dx.addcmul_(x, dot.view_as(rstd) * rstd.pow(3), value=-ctx.scale / x.shape[-1])
+        dx = dx.addcmul_(x, dot.view_as(rstd) * rstd.pow(3), value=-ctx.scale / x.shape[-1])
         return dx, dw, None, None
 
 
@@ -97,7 +99,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) ->
     if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
         y: Tensor = _RMSNorm.apply(h, w, eps, scale)
     else:
-        y = _rms_forward(h, w, eps, scale)[0]
+        y = _rms_forward(h, w, eps, scale)
     return y.to(x.dtype)
 
 
