@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +109,10 @@ class CausalLM(nn.Module):
     def new_cache(self, batch_size: int, max_length: int = 0) -> Cache:
         """An empty cache with room for max_length tokens (it grows beyond)."""
         weight = self.embed.weight
-        states = [
-            layer.new_state(batch_size, max_length, weight.device, weight.dtype) for layer in self.layers
-        ]
-        return Cache(states, Timeline(batch_size, weight.device))
+        layers = cast("list[Layer]", list(self.layers))
+        device, dtype = weight.device, weight.dtype
+        states = [layer.new_state(batch_size, max_length, device, dtype) for layer in layers]
+        return Cache(states, Timeline(batch_size, device))
 
     def context(
         self,
@@ -179,8 +182,8 @@ class CausalLM(nn.Module):
         """input_ids [B, T] -> Output.
 
         labels [B, T] are the input ids themselves (-100 is ignored): token t is predicted from t - 1, the
-        loss is the mean over them. positions [B, T] (int64, -1 at left padding) and cu_seqlens [n + 1] (packed
-        sequences in one row) are optional; with a cache the tokens go on after those it holds.
+        loss is the mean over them. positions [B, T] (int64, -1 at left padding) and cu_seqlens [n + 1]
+        (packed sequences in one row) are optional; with a cache the tokens go on after those it holds.
         """
         aux: list[Tensor] = []
         hidden = self.backbone(input_ids, cache, positions, cu_seqlens, aux)
@@ -197,20 +200,33 @@ class CausalLM(nn.Module):
         return Output(loss, hidden, cache, extra, self.head)
 
     def init_weights(self, seed: int = 0) -> None:
-        """Fill every parameter: N(0, init_std), or as its block says. Same seed, same bytes."""
-        generator = torch.Generator(device=self.embed.weight.device).manual_seed(seed)
-        done: set[int] = set()
-        for module in self.modules():
+        """Fill every parameter: N(0, init_std), or as its block says. Same seed, same bytes.
+
+        Every parameter draws from a generator of its own, seeded by its name, so the threads can share the
+        work and a tensor does not depend on what else the model holds.
+        """
+        jobs: list[tuple[str, Callable[..., object]]] = []
+        own: set[int] = set()
+        for name, module in self.named_modules():
             if isinstance(module, Initialised):
-                module.reset_parameters(generator)
-                done |= {id(p) for p in module.parameters()}
-        with torch.no_grad():
-            for buffer in self.buffers():
-                buffer.zero_()
-            for name, param in self.named_parameters():
-                if id(param) in done:
-                    continue
-                if name.endswith("bias"):
-                    param.zero_()
-                else:
-                    param.normal_(0, self.config.init_std, generator=generator)
+                jobs.append((name, module.reset_parameters))
+                own |= {id(p) for p in module.parameters()}
+        for name, param in self.named_parameters():
+            if id(param) in own:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(param)
+            else:
+                jobs.append((name, partial(nn.init.normal_, param, 0.0, self.config.init_std)))
+        for buffer in self.buffers():
+            buffer.zero_()
+        device = self.embed.weight.device
+
+        def run(job: tuple[str, Callable[..., object]]) -> None:
+            name, fill = job
+            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+            fill(generator=torch.Generator(device=device).manual_seed(int.from_bytes(digest)))
+
+        workers = torch.get_num_threads() if device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(run, jobs))

@@ -17,7 +17,7 @@ class RMSNorm(Initialised):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.scale = eps, scale
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class BlockConfig(BaseModel):
 class Initialised(nn.Module):
     """A module that fills all its parameters itself; others get N(0, init_std) and zero biases."""
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         raise NotImplementedError
 
 

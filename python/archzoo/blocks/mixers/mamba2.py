@@ -154,7 +154,7 @@ class Mamba2(Mixer, Initialised):
         self.norm = GatedNorm(c)
         self.out_proj = Linear(c.inner, site.hidden_size, bias=False)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         """The published initialisation: A in [1, 16], dt log-uniform in [1e-3, 0.1], D = 1."""
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5), generator=generator)
         assert self.conv1d.bias is not None
@@ -181,12 +181,10 @@ class Mamba2(Mixer, Initialised):
 
     def forward(self, x: Tensor, ctx: Context, state: Mamba2State | None = None) -> Tensor:
         c = self.config
-        z, xs, b, cs, dt = self.in_proj(x).split(c.splits, -1)
+        z, xbc, dt = self.in_proj(x).split((c.inner, sum(c.splits[1:4]), c.heads), -1)
         if c.kv_heads and c.repeat_before_conv:
-            xs, b = self._repeat(xs, c.head_dim), self._repeat(b, c.state_size)
-            xbc = torch.cat((xs, b, cs), -1)
-        else:
-            xbc = torch.cat((xs, b, cs), -1)
+            xs, b, cs = xbc.split(c.splits[1:4], -1)
+            xbc = torch.cat((self._repeat(xs, c.head_dim), self._repeat(b, c.state_size), cs), -1)
         wide = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*c.dt_limit)
         if ctx.valid is not None:  # padding neither enters the convolution nor touches the state
@@ -195,11 +193,10 @@ class Mamba2(Mixer, Initialised):
             if state is not None and ctx.start:
                 xbc = self._close_gap(xbc, ctx.valid, state)
         a = dt * -torch.exp(self.A_log.to(wide))
-        y = (
-            self._step(xbc, dt, a, state)
-            if state is not None and x.shape[1] == 1
-            else (self._scan(xbc, dt, a, ctx, state))
-        )
+        if state is not None and x.shape[1] == 1:
+            y = self._step(xbc, dt, a, state)
+        else:
+            y = self._scan(xbc, dt, a, ctx, state)
         return self.out_proj(self.norm(y, z))
 
     def _repeat(self, t: Tensor, width: int) -> Tensor:
