@@ -136,7 +136,7 @@ def test_gradcheck(spec: Divergence) -> None:
 
         assert torch.autograd.gradcheck(scaled, (w,))
         return
-    for temperature, ce in [(1.0, 0.0), (2.0, 0.7), (1.0, 0.7)]:
+    for temperature, ce in [(1.0, 0.0), (2.0, 0.7)]:
         assert torch.autograd.gradcheck(
             lambda h, weight, temperature=temperature, ce=ce: linear_distill_loss(
                 h, weight, t_x, t_w, labels, spec, temperature, ce, kd_weight=0.4, chunk=4

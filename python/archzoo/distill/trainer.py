@@ -148,7 +148,7 @@ class _Run:
     def _build(self) -> None:
         """The objective, and the optimizer of its trainable parameters in two groups."""
         stage = self.stage
-        self.objective = objective(self.student, self.teacher, stage)
+        self.objective: Any = objective(self.student, self.teacher, stage)
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
@@ -243,8 +243,12 @@ class _Run:
         every = self.stage.eval_every
         if self.eval_tokens is None or not every or (self.step % every and self.step != self.steps):
             return
+        if self.sharded:
+            self.objective.unshard()  # embedding and head; the layers gather themselves
         with self._autocast():
             metrics[-1]["eval_ce"] = log(perplexity(self.student, self.eval_tokens, self.stage.seq_len)[0])
+        if self.sharded:
+            self.objective.reshard()
         marks = [i for i, entry in enumerate(metrics) if "eval_ce" in entry]
         if len(marks) > 2 and isinstance(self.stage, KD):
             a, b, c = marks[-3:]
