@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _json_files(folder: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.glob("*config.json")):
         try:
-            files[path.name] = json.loads(path.read_text(encoding="utf-8"))
+            files[path.name] = json.loads(path.read_text(encoding="utf-8"), object_hook=_unwrap)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(files[path.name], dict):
@@ -53,6 +54,19 @@ def _json_files(folder: Path) -> dict[str, Any]:
     if "config.json" not in files:
         raise CheckpointError(f"{folder}: no config.json")
     return files
+
+
+def _wrap(value: Any) -> Any:
+    """JSON has no infinity; transformers spells it {"__float__": "Infinity"}."""
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _wrap(item) for key, item in value.items()}
+    return [_wrap(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _unwrap(value: dict[str, Any]) -> Any:
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -130,7 +144,7 @@ def write_model(
         for file, content in family.write(config).items():
             if file == "config.json":
                 content = {**content, "torch_dtype": dtype}
-            (tmp / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (tmp / file).write_text(json.dumps(_wrap(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         for file, raw in (extra_files or {}).items():
             (tmp / file).write_bytes(raw)
         write_shards(tensors, tmp, max_shard_size)

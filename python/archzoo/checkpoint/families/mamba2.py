@@ -13,11 +13,6 @@ from archzoo.errors import ConfigError
 FIXED = {"use_bias": False, "use_conv_bias": True, "rms_norm": True, "hidden_act": "silu"}
 
 
-def _number(value: float | dict[str, str]) -> float:
-    """A JSON number, or transformers' spelling of an infinite one."""
-    return float(value["__float__"]) if isinstance(value, dict) else value
-
-
 def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
     for key, expected in FIXED.items():
@@ -31,7 +26,7 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
         "groups": hf["n_groups"],
         "conv_kernel": hf["conv_kernel"],
         "norm_eps": hf["layer_norm_epsilon"],
-        "dt_limit": tuple(_number(v) for v in hf["time_step_limit"]),
+        "dt_limit": tuple(hf["time_step_limit"]),
     }
     ids = {k: hf[k] for k in TOKEN_IDS if hf.get(k) is not None}
     return {
