@@ -144,7 +144,8 @@ def write_model(
         for file, content in family.write(config).items():
             if file == "config.json":
                 content = {**content, "torch_dtype": dtype}
-            (tmp / file).write_text(json.dumps(_wrap(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            text = json.dumps(_wrap(content), indent=2, allow_nan=False)
+            (tmp / file).write_text(text + "\n", encoding="utf-8")
         for file, raw in (extra_files or {}).items():
             (tmp / file).write_bytes(raw)
         write_shards(tensors, tmp, max_shard_size)

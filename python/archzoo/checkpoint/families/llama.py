@@ -39,6 +39,8 @@ def read_rope(hf: dict[str, Any], **extra: Any) -> dict[str, Any]:
     names = {"original_max_position_embeddings": "original_max_positions"}
     known = set(RopeConfig.model_fields)
     data: dict[str, Any] = {names.get(str(k), str(k)): v for k, v in scaling.items() if v is not None}
+    if kind in ("yarn", "llama3"):
+        data.setdefault("original_max_positions", hf["max_position_embeddings"])
     if unknown := sorted(set(data) - known):
         raise ConfigError(f"config.json: rope key '{unknown[0]}' is not supported")
     return {"kind": kind, "theta": theta, **data, **extra}
