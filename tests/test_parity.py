@@ -175,7 +175,7 @@ def test_random_init_of_ours_loads_there(tmp_path: Path, tokens: Any) -> None:
 
 
 def test_loading_beside_transformers_keys_of_older_versions(tmp_path: Path, tokens: Any) -> None:
-    """rope_theta and rope_scaling at the top level, `type` for `rope_type`, defaults left out, an eos list."""
+    """rope_theta and rope_scaling at the top level, `type`, defaults left out, a list of eos."""
     yarn = {k: v for k, v in YARN.items() if not k.startswith("original")}
     hf, ids = hf_llama(rope_parameters=yarn, max_position_embeddings=32), tokens(1, 9, vocab=96)
     path = folder_of(hf, tmp_path / "old")
