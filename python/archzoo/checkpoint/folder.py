@@ -17,6 +17,8 @@ from archzoo.checkpoint.shards import Reader, atomic_folder, write_shards
 from archzoo.configuration import ModelConfig
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
+USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
+
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, Family]:
     """The config of a folder and the family whose layout it has."""
@@ -36,6 +38,10 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Family]:
         ) from None
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of the wrong kind
+        raise CheckpointError(
+            f"{folder}: the config files do not make sense for family '{family.name}': {error}"
+        ) from None
     data = {"name": folder.name, **data, "family": family.name}
     return ModelConfig.from_dict(data, str(folder / "config.json")), family
 
@@ -47,7 +53,7 @@ def _json_files(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*config.json")):
         try:
             files[path.name] = json.loads(path.read_text(encoding="utf-8"), object_hook=_unwrap)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(files[path.name], dict):
             raise CheckpointError(f"{path}: expected a JSON object")
@@ -97,7 +103,10 @@ def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
     for name, region in wanted.items():
-        _, shape, file = reader.info(name)
+        dtype, shape, file = reader.info(name)
+        if dtype not in USABLE:
+            known = ", ".join(str(d).removeprefix("torch.") for d in USABLE)
+            raise CheckpointError(f"{file}: tensor '{name}' has dtype {dtype}, expected one of {known}")
         if shape != tuple(region.shape):
             raise CheckpointError(
                 f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(region.shape)}"

@@ -47,6 +47,7 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
         "shared": hf.get("n_shared_experts") or 0,
         "score": hf.get("scoring_func", "softmax"),
         "renormalize": hf.get("norm_topk_prob", False),
+        "scale": hf.get("routed_scaling_factor", 1.0),
     }
     count, first, every = hf["num_hidden_layers"], hf["first_k_dense_replace"], hf.get("moe_layer_freq", 1)
     dense = [i for i in range(count) if i < first or i % every]
@@ -78,6 +79,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "moe_layer_freq": 1,
         "scoring_func": moe.score,
         "norm_topk_prob": moe.renormalize,
+        "routed_scaling_factor": moe.scale,
     }
     return {"config.json": hf}
 
