@@ -149,8 +149,9 @@ def write_model(
     for name, tensor in _tensors(model).items():
         tensors.update(family.regions(name, tensor.detach()))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    contents = family.write(config)
     with atomic_folder(folder) as tmp:
-        for file, content in family.write(config).items():
+        for file, content in contents.items():
             if file == "config.json":
                 content = {**content, "torch_dtype": dtype}
             text = json.dumps(_wrap(content), indent=2, allow_nan=False)
@@ -158,6 +159,9 @@ def write_model(
         for file, raw in (extra_files or {}).items():
             (tmp / file).write_bytes(raw)
         write_shards(tensors, tmp, max_shard_size)
+    for other in families().values():  # an older folder's other files were carried over
+        for file in set(other.files) - set(contents):
+            (Path(folder) / file).unlink(missing_ok=True)
 
 
 def _family_for(config: ModelConfig) -> Family:

@@ -41,7 +41,7 @@ class Family:
     """One Hugging Face layout: who claims a folder, its config files, its key rules.
 
     `claims(files)` looks at the folder's parsed JSON files; `read(files)` gives ModelConfig data;
-    `write(config)` gives the JSON files. `dropped` are regexes of tensors that are derived, not stored.
+    `write(config)` gives the JSON files, of which `files` are all. `dropped` are regexes of tensors that are derived, not stored.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule] = ()
     dropped: Sequence[str] = field(default=())
+    files: Sequence[str] = ("config.json",)
 
     def regions(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """The file tensors of native parameter `name` as views of `tensor`; no rule keeps the name."""

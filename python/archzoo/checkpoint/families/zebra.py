@@ -127,6 +127,7 @@ _MLA = {
 
 FAMILY = Family(
     name="zebra",
+    files=("config.json", "hybrid_config.json"),
     claims=lambda files: "mla_layers" in files.get("hybrid_config.json", {}),
     read=_read,
     write=_write,
