@@ -41,7 +41,8 @@ class Family:
     """One Hugging Face layout: who claims a folder, its config files, its key rules.
 
     `claims(files)` looks at the folder's parsed JSON files; `read(files)` gives ModelConfig data;
-    `write(config)` gives the JSON files, of which `files` are all. `dropped` are regexes of tensors that are derived, not stored.
+    `write(config)` gives the JSON files, at most `files`. `dropped` are regexes of tensors that are derived,
+    not stored.
     """
 
     name: str
