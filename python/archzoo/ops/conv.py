@@ -14,10 +14,7 @@ from torch import Tensor
 
 from archzoo.errors import InputError
 from archzoo.ops.backend import choose
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from archzoo.ops.norm import cast, wide
 
 
 def _weight(weight: Tensor, activation: str | None) -> Tensor:
@@ -39,7 +36,7 @@ def causal_conv1d_reference(
     weight = _weight(weight, activation)
     (B, T, C), K = x.shape, weight.shape[1]
     past = x.new_zeros(B, K - 1, C) if state is None else state[:, 1:]
-    taps = torch.cat([_wide(past), _wide(x)], 1)
+    taps = torch.cat([wide(past), wide(x)], 1)
     y = torch.zeros_like(x, dtype=taps.dtype) if bias is None else bias.to(taps.dtype)
     for k in range(K):
         tap = taps[:, k : k + T]
@@ -55,10 +52,11 @@ def causal_conv1d_step_reference(
 ) -> Tensor:
     """Roll `state` left, append x, take the dot product; see `causal_conv1d_step`."""
     weight = _weight(weight, activation)
-    state.copy_(torch.cat([state[:, 1:], x.unsqueeze(1).to(state.dtype)], 1))
-    y = (_wide(state) * weight.t()).sum(1)
+    taps = torch.cat([state[:, 1:], cast(x, state.dtype).unsqueeze(1)], 1)
+    state.copy_(taps)
+    y = (wide(taps) * weight.t()).sum(1)
     y = y if bias is None else y + bias
-    return (y if activation is None else F.silu(y)).to(x.dtype)
+    return cast(y if activation is None else F.silu(y), x.dtype)
 
 
 # --- CPU -------------------------------------------------------------------------------------------
@@ -100,9 +98,9 @@ class _Conv(torch.autograd.Function):
 def _causal_conv1d_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None
 ) -> Tensor:
-    K, wide = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
-    x_wide, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-    taps = F.pad(x_wide, (0, 0, K - 1, 0)) if state is None else torch.cat([state[:, 1:].to(wide), x_wide], 1)
+    K, h = weight.shape[1], wide(x)
+    weight, bias = cast(weight, h.dtype), None if bias is None else cast(bias, h.dtype)
+    taps = F.pad(h, (0, 0, K - 1, 0)) if state is None else torch.cat([cast(state[:, 1:], h.dtype), h], 1)
     needs_grad = taps.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
         y: Tensor = _Conv.apply(taps, weight, bias)
@@ -110,7 +108,7 @@ def _causal_conv1d_cpu(
     else:
         y = _conv_forward(taps, weight, bias)
         y = y if activation is None else F.silu(y, inplace=True)
-    return y.to(x.dtype)
+    return cast(y, x.dtype)
 
 
 # --- Triton -------------------------------------------------------------------------------------------

@@ -16,8 +16,14 @@ from archzoo.errors import InputError
 from archzoo.ops.backend import choose
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of computation."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), whose no-op costs as much as a small kernel."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _groups(x: Tensor, group_size: int | None) -> Tensor:
@@ -29,7 +35,7 @@ def rms_norm_reference(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: float = 1.0
 ) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight * scale.  x [..., d], weight [d] -> y [..., d]."""
-    h = _wide(x)
+    h = wide(x)
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * scale
     return (y if weight is None else y * weight).to(x.dtype)
 
@@ -54,8 +60,8 @@ def gated_rms_norm_reference(
 
     Statistics are taken over each group of `group_size` channels (None: all of them).
     """
-    g = F.silu(_wide(gate))
-    h = _wide(y) if norm_before_gate else _wide(y) * g
+    g = F.silu(wide(gate))
+    h = wide(y) if norm_before_gate else wide(y) * g
     out = rms_norm_reference(_groups(h, group_size), None, eps).flatten(-2) * weight
     return (out * g if norm_before_gate else out).to(y.dtype)
 
@@ -63,12 +69,17 @@ def gated_rms_norm_reference(
 # --- CPU -------------------------------------------------------------------------------------------
 # Two passes over x forward and a closed-form backward: half the time of autograd over the definition.
 
+_SMALL = 2**16  # below, the overhead of calls counts, and PyTorch's single call wins
+
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
 
 
 def _rms_forward(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+    if x.numel() < _SMALL:
+        y = F.rms_norm(x, x.shape[-1:], weight, eps)
+        return y if scale == 1.0 else y.mul_(scale)
     y = x * (_rstd(x, eps) * scale)
     return y if weight is None else y.mul_(weight)
 
@@ -85,8 +96,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rstd = _rstd(x, ctx.eps)
         rows = (dy * x).flatten(0, -2)
-        dot = rows.sum(-1) if weight is None else rows @ weight
-        dw = None if weight is None else rows.t() @ (rstd.flatten() * ctx.scale)
+        dot = rows.sum(-1) if weight is None else torch.mv(rows, weight)  # mv: not for autocast
+        dw = None if weight is None else torch.mv(rows.t(), rstd.flatten() * ctx.scale)
         dx = (dy if weight is None else dy * weight) * (rstd * ctx.scale)
         dx = dx.addcmul_(x, dot.view_as(rstd) * rstd.pow(3), value=-ctx.scale / x.shape[-1])
         return dx, dw, None, None
@@ -95,24 +106,25 @@ class _RMSNorm(torch.autograd.Function):
 def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
     if torch.compiler.is_compiling():  # inductor fuses the definition
         return rms_norm_reference(x, weight, eps, scale)
-    h, w = _wide(x), None if weight is None else weight.to(torch.promote_types(x.dtype, torch.float32))
+    h = wide(x)
+    w = None if weight is None else cast(weight, h.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
         y: Tensor = _RMSNorm.apply(h, w, eps, scale)
     else:
         y = _rms_forward(h, w, eps, scale)
-    return y.to(x.dtype)
+    return cast(y, x.dtype)
 
 
 def _gated_rms_norm_cpu(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
-    g = F.silu(_wide(gate))
-    h = _wide(y) if norm_before_gate else _wide(y) * g
+    g = F.silu(wide(gate))
+    h = wide(y) if norm_before_gate else wide(y) * g
     if size == h.shape[-1]:
         out = _rms_norm_cpu(h, weight, eps, 1.0)
     else:
         out = _rms_norm_cpu(_groups(h, size), None, eps, 1.0).flatten(-2) * weight
-    return (out * g if norm_before_gate else out).to(y.dtype)
+    return cast(out * g if norm_before_gate else out, y.dtype)
 
 
 # --- Triton -------------------------------------------------------------------------------------------
