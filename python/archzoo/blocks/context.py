@@ -35,7 +35,7 @@ class Context:
         self.positions = positions
         if timeline is not None:
             timeline.append(self.length, positions)
-        self._ropes: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._ropes: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor] = {}
 
     @property
@@ -54,7 +54,7 @@ class Context:
 
     def rope(self, config: RopeConfig, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin [T, dim/2] or [B, T, dim/2] of the new tokens."""
-        key = (config, dim, dtype)
+        key = (*config.key, dim, dtype)
         if key not in self._ropes:
             positions = self.positions
             if positions is None:

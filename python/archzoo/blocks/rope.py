@@ -38,6 +38,14 @@ class RopeConfig(BaseModel):
             self._original()
         return self
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All fields; torch.compile can hash this, not the config."""
+        scaling = (self.factor, self.original_max_positions, self.beta_fast, self.beta_slow, self.truncate)
+        factors = (self.mscale, self.mscale_all_dim, self.attention_factor)
+        bands = (self.low_freq_factor, self.high_freq_factor)
+        return (self.kind, self.theta, self.interleaved, *scaling, *factors, *bands)
+
     def inv_freq(self, dim: int) -> list[float]:
         """Angles per position of the dim/2 pairs, radians."""
         theta = self.theta
