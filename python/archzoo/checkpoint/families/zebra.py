@@ -15,12 +15,21 @@ from archzoo.configuration import ModelConfig
 
 def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf, hybrid = files["config.json"], files["hybrid_config.json"]
-    heads, kv_heads = hybrid["num_attention_heads"], hybrid["num_key_value_heads"]
     mla_layers, count = hybrid["mla_layers"], hybrid["n_layer"]
-    mla = {
+    ffn = {"kind": "swiglu", "hidden": hybrid["intermediate_size"]}
+    mixer = _mla(hybrid) if len(mla_layers) == count else _mamba2(hybrid)
+    layers: dict[str, Any] = {"count": count, "default": {"mixer": mixer, "ffn": ffn}}
+    if 0 < len(mla_layers) < count:
+        layers["override"] = [{"indices": mla_layers, "mixer": _mla(hybrid)}]
+    return {**read_outer(hf), "layers": layers}
+
+
+def _mla(hybrid: dict[str, Any]) -> dict[str, Any]:
+    heads = hybrid["num_attention_heads"]
+    return {
         "kind": "mla",
         "heads": heads,
-        "kv_heads": heads if hybrid.get("use_full_kv_head") else kv_heads,
+        "kv_heads": heads if hybrid.get("use_full_kv_head") else hybrid["num_key_value_heads"],
         "q_rank": hybrid.get("q_lora_rank"),
         "kv_rank": hybrid["kv_lora_rank"],
         "nope_dim": hybrid["qk_nope_head_dim"],
@@ -29,24 +38,19 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
         "latent_norm": hybrid.get("use_lora_layer_norm", False),
         "rope": read_rope(hybrid, interleaved=True),
     }
-    ffn = {"kind": "swiglu", "hidden": hybrid["intermediate_size"]}
-    if len(mla_layers) == count:
-        layers: dict[str, Any] = {"count": count, "default": {"mixer": mla, "ffn": ffn}}
-    else:
-        inner, ssm = hybrid["d_inner"], hybrid["ssm_cfg"]
-        mamba = {
-            "kind": "mamba2",
-            "heads": heads,
-            "head_dim": inner // heads,
-            "state_size": ssm["d_state"],
-            "groups": ssm["ngroups"],
-            "kv_heads": kv_heads,
-            "repeat_before_conv": ssm.get("repeat_kv_before_conv", False),
-        }
-        layers = {"count": count, "default": {"mixer": mamba, "ffn": ffn}}
-        if mla_layers:
-            layers["override"] = [{"indices": mla_layers, "mixer": mla}]
-    return {**read_outer(hf), "layers": layers}
+
+
+def _mamba2(hybrid: dict[str, Any]) -> dict[str, Any]:
+    heads, ssm = hybrid["num_attention_heads"], hybrid["ssm_cfg"]
+    return {
+        "kind": "mamba2",
+        "heads": heads,
+        "head_dim": hybrid["d_inner"] // heads,
+        "state_size": ssm["d_state"],
+        "groups": ssm["ngroups"],
+        "kv_heads": hybrid["num_key_value_heads"],
+        "repeat_before_conv": ssm.get("repeat_kv_before_conv", False),
+    }
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
