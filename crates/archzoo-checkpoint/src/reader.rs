@@ -48,12 +48,12 @@ impl Reader {
         if !kind.is_dir() {
             return match path.file_name().and_then(|name| name.to_str()) {
                 Some(name) if name.ends_with(".index.json") => Self::open_index(path, path),
-                _ => Self::new(path, vec![Shard::open(path)?]),
+                _ => Ok(Self::new(path, vec![Shard::open(path)?])),
             };
         }
         let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
         match (single.exists(), index.exists()) {
-            (true, false) => Self::new(path, vec![Shard::open(&single)?]),
+            (true, false) => Ok(Self::new(path, vec![Shard::open(&single)?])),
             (false, true) => Self::open_index(path, &index),
             (true, true) => Err(Error::new(
                 path,
@@ -93,7 +93,7 @@ impl Reader {
                 return Err(Error::tensor(&shard.path, &tensor.name, message));
             }
         }
-        let reader = Self::new(path, shards)?;
+        let reader = Self::new(path, shards);
         match files.iter().find(|(tensor, _)| !reader.places.contains_key(*tensor)) {
             Some((tensor, file)) => {
                 let message = format!("expected in {file} (by {INDEX_FILE}), found in no shard");
@@ -103,14 +103,14 @@ impl Reader {
         }
     }
 
-    fn new(path: &Path, shards: Vec<Shard>) -> Result<Self> {
+    fn new(path: &Path, shards: Vec<Shard>) -> Self {
         let mut places = HashMap::new();
         for (i, shard) in shards.iter().enumerate() {
             for (j, tensor) in shard.header.tensors.iter().enumerate() {
                 places.insert(tensor.name.clone(), (i, j));
             }
         }
-        Ok(Self { path: path.to_owned(), shards, places })
+        Self { path: path.to_owned(), shards, places }
     }
 
     /// All tensors with their files: by file name, then in the order of their bytes.
