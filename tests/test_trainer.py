@@ -25,7 +25,7 @@ from archzoo import zoo
 from archzoo.data import TokenBlocks
 from archzoo.distill import ILD, KD, Recipe, distill, hidden_loss, perplexity, token_loss, trainer
 from archzoo.distill.stages import decays, objective, trains
-from archzoo.errors import CheckpointError, ConfigError, InputError
+from archzoo.errors import ArchzooError, CheckpointError, ConfigError, InputError
 from archzoo.model import CausalLM
 
 DENSE = zoo.config("smollm2-135m").tiny()
@@ -341,6 +341,16 @@ def test_a_recipe_runs_its_stages_in_order(tmp_path: Path) -> None:
     assert recipe.stage("kd") is recipe.stages[1]
     with pytest.raises(InputError, match="ild, kd"):
         recipe.stage("sft")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
+    student = model(2)
+    before = copy.deepcopy(student.state_dict())
+    teacher = model(1)
+    torch.nn.init.constant_(teacher.norm.weight, float("nan"))
+    with pytest.raises(ArchzooError, match="step 1: the loss is nan"):
+        distill(student, teacher, TOKENS, kd(), tmp_path, progress=False)
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
 
 
 def test_bad_models_are_refused(tmp_path: Path) -> None:

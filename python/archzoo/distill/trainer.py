@@ -20,7 +20,7 @@ from archzoo import checkpoint
 from archzoo.checkpoint.shards import atomic_folder, write_shards
 from archzoo.data import TokenBlocks
 from archzoo.distill.stages import ILD, KD, Recipe, decays, objective, trains
-from archzoo.errors import CheckpointError, InputError
+from archzoo.errors import ArchzooError, CheckpointError, InputError
 from archzoo.model import CausalLM
 from archzoo.ops.linear_loss import linear_cross_entropy
 
@@ -184,10 +184,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, stage.clip)
+        norm = _whole(torch.nn.utils.clip_grad_norm_(params, stage.clip)).item()
         value = loss.item()
-        if not isfinite(value):
-            raise FloatingPointError(f"stage '{stage.name}', step {self.step + 1}: the loss is {value}")
+        if not isfinite(value + norm):  # before the weights take it in
+            raise ArchzooError(
+                f"stage '{stage.name}', step {self.step + 1}: the loss is {value}, the gradient norm {norm}"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -199,7 +201,7 @@ class _Run:
             "lr": lr,
             "tokens": tokens * self.step,
             "tokens_per_second": tokens / (time.perf_counter() - start),
-            "grad_norm": _whole(norm).item(),
+            "grad_norm": norm,
         }
 
     def _scale(self, labels: list[Tensor]) -> Tensor:
