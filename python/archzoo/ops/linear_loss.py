@@ -70,7 +70,9 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         x, w = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=acc, device=x.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=acc, device=x.device) if need_weight else None
+        grad_weight = torch.empty(weight.shape, dtype=acc, device=x.device) if need_weight else None
+        if grad_weight is not None and not x.shape[0]:
+            grad_weight.zero_()
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, min(start + chunk, x.shape[0]))
             value, grad = chunk_loss(matmul_fp32(x[rows], w.T), rows)
@@ -81,11 +83,14 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = matmul_fp32(grad, w)
             if grad_weight is None:
-                pass
-            elif dtype == acc:
-                grad_weight.addmm_(grad.T, x[rows])
+                continue
+            if dtype != acc:
+                added = matmul_fp32(grad.T, x[rows])
+                grad_weight = added if start == 0 else grad_weight.add_(added)
+            elif start == 0:
+                torch.mm(grad.T, x[rows], out=grad_weight)
             else:
-                grad_weight += matmul_fp32(grad.T, x[rows])
+                grad_weight.addmm_(grad.T, x[rows])
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
@@ -94,7 +99,10 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         # Grad mode is on here only under create_graph=True, where once_differentiable would return constants.
         if torch.is_grad_enabled():
             raise RuntimeError("the chunked head loss has no second derivative (create_graph=True)")
-        grads = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+        grads = ctx.saved_tensors
+        unseen = grad_loss.device.type != "cpu" or torch.compiler.is_compiling()  # looking would wait, or break
+        if unseen or grad_loss != 1:
+            grads = tuple(None if g is None else g * grad_loss.to(g.dtype) for g in grads)
         return (*grads, None, None, None, None)
 
 
