@@ -20,7 +20,7 @@ from archzoo.ops.norm import (
     rms_norm_reference,
 )
 
-SHAPES = [(1, 5), (2, 3, 123), (1, 1, 576), (2, 63, 2048), (0, 16), (2, 0, 16)]
+SHAPES = [(1, 5), (2, 3, 123), (1, 1, 576), (2, 63, 2048), (1000, 5), (0, 16), (2, 0, 16)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -80,6 +80,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
     agree(rms_norm, rms_norm_reference, [x, w], TOLERANCE[dtype])
     agree(gated_rms_norm, gated_rms_norm_reference, [x, r, w], TOLERANCE[dtype])
     agree(gated_rms_norm, gated_rms_norm_reference, [x, randn(3, 123), w], TOLERANCE[dtype])
+    agree(rms_norm, rms_norm_reference, [x, randn(123, dtype=dtype)], TOLERANCE[dtype])
+    agree(
+        lambda x, w: rms_norm(x, w, 1e-5, 0.7),
+        lambda x, w: rms_norm_reference(x, w, 1e-5, 0.7),
+        [x, w],
+        TOLERANCE[dtype],
+    )
     y, summed = add_rms_norm(x, r, w)
     assert torch.equal(summed, x + r)
     assert torch.equal(y, rms_norm(summed, w))
@@ -125,6 +132,15 @@ def test_gradients_of_the_definitions() -> None:
         )
     assert torch.autograd.gradcheck(lambda *t: rms_norm(*t, 1e-5, 0.5), (x, w))  # the CPU path
     assert torch.autograd.gradgradcheck(lambda *t: rms_norm(*t, 1e-5, 0.5), (x, w))
+
+
+def test_autocast_leaves_it_in_float32() -> None:
+    x, w = randn(64, 40), randn(40)
+    dy = torch.randn(64, 40)
+    expected = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(rms_norm(x, w), (x, w), dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_strided_inputs() -> None:

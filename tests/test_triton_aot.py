@@ -23,6 +23,8 @@ from triton.compiler import ASTSource, make_backend
 
 from archzoo.kernels.ops import conv, norm
 from archzoo.kernels.ops.launch import OPTIONS, tile
+from archzoo.ops.conv import _MAX_TAPS
+from archzoo.ops.norm import _MAX_ROW
 
 TARGETS = {  # name: (target, bytes of shared memory that one program may use)
     "cuda:80": (GPUTarget("cuda", 80, 32), 166_912),
@@ -41,12 +43,14 @@ class Resources:
 def compile_kernel(kernel: Any, types: dict[str, str], target: GPUTarget, **values: Any) -> Resources:
     """Compile for run-time parameters of these types and these constexpr values; other parameters are None.
 
-    Pointers, sizes and strides count as divisible by 16, as they are in real models.
+    Pointers, widths and strides count as divisible by 16, as they are in real models.
     """
     options = {k: values.pop(k) for k in ("num_warps", *OPTIONS)}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     values |= {name: None for name, kind in signature.items() if kind == "constexpr" and name not in values}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if types.get(n, "fp32") != "fp32" and n != "n"]
+    aligned = [
+        i for i, n in enumerate(kernel.arg_names) if types.get(n, "fp32") != "fp32" and n not in ("n", "T")
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     log = io.StringIO()
     with knobs.cache.scope(), knobs.nvidia.scope(), tempfile.TemporaryDirectory() as folder:
@@ -88,19 +92,21 @@ GATED_BWD = GATED | scalars("stride_dout") | pointers("DOUT DY DZ") | {"DW": "*f
 CONV = scalars("T C stride_b stride_t") | pointers("X W BIAS")
 PACKED = pointers("STATE") | {"SEQ": "*i32"}
 CONV_BWD = CONV | pointers("DY DX") | {"DW": "*fp32", "DB": "*fp32"}
-FULL = {"K": 4, "SILU": True}
+FULL = {"K": _MAX_TAPS, "SILU": True}
 
 CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "rms_norm_fwd d=128": (norm.rms_norm_fwd, RMS | pointers("X W Y"), tile(128)),
-    "add_rms_norm_fwd d=8192": (
-        norm.rms_norm_fwd, RMS | scalars("stride_res") | pointers("X RES W Y SUM"), tile(8192)),
+    "add_rms_norm_fwd d=max": (
+        norm.rms_norm_fwd, RMS | scalars("stride_res") | pointers("X RES W Y SUM"), tile(_MAX_ROW)),
     "rms_norm_bwd d=576": (norm.rms_norm_bwd, RMS_BWD, tile(576)),
-    "add_rms_norm_bwd d=8192": (norm.rms_norm_bwd, RMS_BWD | pointers("DSUM"), tile(8192)),
-    "gated_rms_norm_fwd size=8192": (
-        norm.gated_rms_norm_fwd, GATED | pointers("OUT"), {"NORM_FIRST": False} | tile(8192)),
-    "gated_rms_norm_bwd size=8192": (norm.gated_rms_norm_bwd, GATED_BWD, {"NORM_FIRST": False} | tile(8192)),
-    "gated_rms_norm_bwd size=256 norm first": (
-        norm.gated_rms_norm_bwd, GATED_BWD, {"NORM_FIRST": True} | tile(256)),
+    "add_rms_norm_bwd d=max": (norm.rms_norm_bwd, RMS_BWD | pointers("DSUM"), tile(_MAX_ROW)),
+    "gated_rms_norm_fwd size=max": (
+        norm.gated_rms_norm_fwd, GATED | pointers("OUT"), {"NORM_FIRST": False} | tile(_MAX_ROW)),
+    "gated_rms_norm_bwd size=max": (
+        norm.gated_rms_norm_bwd, GATED_BWD, {"NORM_FIRST": False} | tile(_MAX_ROW)),
+    "gated_rms_norm_bwd size=max norm first": (
+        norm.gated_rms_norm_bwd, GATED_BWD, {"NORM_FIRST": True} | tile(_MAX_ROW)),
+    "gated_rms_norm_bwd size=256": (norm.gated_rms_norm_bwd, GATED_BWD, {"NORM_FIRST": False} | tile(256)),
     "conv_fwd": (conv.conv_fwd, CONV | pointers("Y"), conv.TILE | FULL),
     "conv_fwd state packed": (conv.conv_fwd, CONV | pointers("Y") | PACKED, conv.TILE | FULL),
     "conv_bwd": (conv.conv_bwd, CONV_BWD, conv.TILE_BWD | FULL),

@@ -42,7 +42,7 @@ def _linear(X, W, BIAS, STATE, SEQ, t, c, T, C, stride_t, K: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def conv_fwd(
     X, W, BIAS, STATE, SEQ, Y, T, C, stride_b, stride_t,
     K: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
@@ -61,7 +61,7 @@ def conv_fwd(
     tl.store(Y + (b * T + t[:, None]) * C + c[None, :], y.to(Y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def conv_bwd(
     DY, X, W, BIAS, STATE, SEQ, DX, DSTATE, DW, DB, T, C, stride_b, stride_t,
     K: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,

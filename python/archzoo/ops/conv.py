@@ -113,7 +113,7 @@ def _causal_conv1d_cpu(
 
 # --- Triton -------------------------------------------------------------------------------------------
 
-_MAX_TAPS = 8  # the kernels unroll K * K loads
+_MAX_TAPS = 4  # the kernels unroll K * K loads; longer convolutions take the definition
 
 
 @torch.library.custom_op("archzoo::causal_conv1d", mutates_args=())
@@ -217,7 +217,7 @@ def causal_conv1d(
     """
     weight = _weight(weight, activation)
     backend = choose(x)
-    if backend == "cpu" and seq_idx is None and not torch.compiler.is_compiling():
+    if backend == "cpu" and seq_idx is None:
         return _causal_conv1d_cpu(x, weight, bias, activation, state)
     if backend == "triton" and weight.shape[1] <= _MAX_TAPS:
         y: Tensor = _conv_op(x, weight, bias, activation == "silu", state, seq_idx)

@@ -69,7 +69,7 @@ def gated_rms_norm_reference(
 # --- CPU -------------------------------------------------------------------------------------------
 # Two passes over x forward and a closed-form backward: half the time of autograd over the definition.
 
-_SMALL = 2**16  # below, the overhead of calls counts, and PyTorch's single call wins
+_SMALL = 2**16  # elements; below, the overhead of calls counts and PyTorch's single call wins
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
@@ -77,9 +77,6 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
 
 
 def _rms_forward(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
-    if x.numel() < _SMALL:
-        y = F.rms_norm(x, x.shape[-1:], weight, eps)
-        return y if scale == 1.0 else y.mul_(scale)
     y = x * (_rstd(x, eps) * scale)
     return y if weight is None else y.mul_(weight)
 
@@ -106,12 +103,13 @@ class _RMSNorm(torch.autograd.Function):
 def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
     if torch.compiler.is_compiling():  # inductor fuses the definition
         return rms_norm_reference(x, weight, eps, scale)
+    grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    same = weight is None or weight.dtype == x.dtype
+    if same and not grad and scale == 1.0 and x.numel() < _SMALL:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     h = wide(x)
     w = None if weight is None else cast(weight, h.dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
-        y: Tensor = _RMSNorm.apply(h, w, eps, scale)
-    else:
-        y = _rms_forward(h, w, eps, scale)
+    y: Tensor = _RMSNorm.apply(h, w, eps, scale) if grad else _rms_forward(h, w, eps, scale)
     return cast(y, x.dtype)
 
 
