@@ -242,8 +242,10 @@ def linear_distill_loss(
     def chunk_loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         counts, ids = valid[rows], index[rows]
         teacher_logits = matmul_fp32(t_x[rows], t_w.T).to(logits.dtype)
-        log_q = torch.log_softmax(logits / temperature if temperature != 1 else logits, -1)
-        log_p = torch.log_softmax(teacher_logits.div_(temperature), -1)
+        log_q, log_p = (
+            torch.log_softmax(z if temperature == 1 else z / temperature, -1)
+            for z in (logits, teacher_logits)
+        )
         value, slope = spec.terms(log_p, log_q)
         total = slope.sum(-1, keepdim=True)
         if isinstance(spec, TVDPlusPlus):
