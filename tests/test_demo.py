@@ -21,8 +21,7 @@ from archzoo.cli.demo import Settings, decode_rate, demo
 TEXT = "".join(f"Line {i}: the {word} follows.\n" for i in range(60) for word in ("loop", "test", "name"))
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tiny(folder: Path, **extra_files: bytes) -> Path:
     """A random Llama of 6 small layers with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -30,10 +29,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path_factory.mktemp("demo") / "teacher"
     config = archzoo.config("smollm2-135m").tiny().override("layers.count=6")
-    archzoo.save(archzoo.build(config), folder, extra_files={"tokenizer.json": tokenizer.to_str().encode()})
+    files = {"tokenizer.json": tokenizer.to_str().encode(), **extra_files}
+    archzoo.save(archzoo.build(config), folder, extra_files=files)
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("demo") / "teacher")
 
 
 @pytest.fixture(scope="module")

@@ -107,8 +107,8 @@ def cost_command(
 
     from archzoo import zoo
 
-    configs = [model_config(name) for name in names]
-    costs = {cfg.name: asdict(zoo.cost(cfg, seq_len, batch_size, dtype)) for cfg in configs}
+    configs = {name: model_config(name) for name in names}
+    costs = {name: asdict(zoo.cost(cfg, seq_len, batch_size, dtype)) for name, cfg in configs.items()}
     if as_json:
         typer.echo(json.dumps(costs, indent=2))
     else:
@@ -125,7 +125,10 @@ def cost_command(
         console().print(table)
     if plot is not None:
         contexts = [2**i for i in range(9, 18)]
-        lines = {c.name: [zoo.cost(c, n, batch_size, dtype).cache_bytes for n in contexts] for c in configs}
+        lines = {
+            name: [zoo.cost(cfg, n, batch_size, dtype).cache_bytes for n in contexts]
+            for name, cfg in configs.items()
+        }
         from archzoo.cli.plots import plot_lines
 
         plot_lines(plot, contexts, lines, "context (tokens)", f"cache bytes ({dtype}, batch {batch_size})")

@@ -107,12 +107,11 @@ def generate_command(
     from archzoo import generation, zoo
 
     tokenizer = tokenizer_of(folder)
-    if chat:
-        prompt = chat_prompt(folder, prompt)
-    else:
-        typer.echo(prompt, nl=False)
-    ids = tokenizer.encode(prompt, add_special_tokens=not chat).ids
+    text = chat_prompt(folder, prompt) if chat else prompt
+    ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     model = zoo.load(folder, device=device, dtype=None if dtype is None else torch_dtype(dtype))
+    if not chat:
+        typer.echo(prompt, nl=False)
     stream = DecodeStream(skip_special_tokens=True)
 
     def show(new: Tensor) -> None:
