@@ -169,10 +169,13 @@ def test_timeline_positions() -> None:
     assert not timeline.dense
     assert timeline.positions().tolist() == [[0, 1, 2, -1, 3], [0, 1, 2, 7, 8]]
     assert timeline.next_positions().tolist() == [[4], [9]]
+    timeline.append(1, torch.tensor([[-1], [9]]))  # the first row pauses
+    assert timeline.next_positions().tolist() == [[4], [10]]
     copy = timeline.clone()
     timeline.reorder(torch.tensor([1]))
     assert (timeline.batch, copy.batch) == (1, 2)
-    assert copy.positions().tolist() == [[0, 1, 2, -1, 3], [0, 1, 2, 7, 8]]
+    assert timeline.positions().tolist() == [[0, 1, 2, 7, 8, 9]]
+    assert copy.positions().tolist() == [[0, 1, 2, -1, 3, -1], [0, 1, 2, 7, 8, 9]]
 
 
 def test_row_of_only_padding_starts_at_zero(tiny: Tiny, tokens: Tokens) -> None:

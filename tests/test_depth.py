@@ -254,3 +254,23 @@ def test_depth_loss_joins_the_training_loss(tokens: Any) -> None:
     plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert_close(out.loss, plain + out.aux["depth_loss"])
     assert model.eval()(ids, labels=ids).aux == {}
+
+
+def test_cost_counts_the_share_of_tokens() -> None:
+    """Six of twelve layers at 1/8: KV and linear FLOPs 0.5625 of the dense model's, attention 0.508."""
+    dense, mod = archzoo.config("llama-130m"), archzoo.config("llama-130m-mod")
+    seq_len, head, router = 1024, 2 * 32000 * 768, 2 * 768
+
+    def prefill(tokens: int) -> int:
+        return (archzoo.cost(dense, tokens).prefill_flops - head) // 12
+
+    def step(keys: int) -> float:
+        return (archzoo.cost(dense, keys - 1).decode_flops - head) / 12
+
+    cost, full = archzoo.cost(mod, seq_len), archzoo.cost(dense, seq_len)
+    assert cost.prefill_flops == head + 6 * (prefill(1024) + prefill(128) + router * 1024)
+    assert cost.decode_flops == pytest.approx(
+        head + 6 * (step(1025) + step(128) * 128 / 1025 + router), abs=6
+    )
+    assert cost.cache_bytes == 0.5625 * full.cache_bytes
+    assert cost.cache_bytes_per_token == 0.5625 * full.cache_bytes_per_token

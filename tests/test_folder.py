@@ -90,6 +90,26 @@ def test_no_layout_drops_a_setting(change: str) -> None:
         assert _family_for(config).name == "archzoo"
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("zebra-llama-1b", ["layers.default.mixer.repeat_before_conv=true"]),
+        ("zebra-llama-1b", ["layers.override.0.mixer.latent_norm=true"]),
+        ("zebra-llama-1b", ["layers.override.0.mixer.kv_heads=32"]),
+        ("x-ecomla-1b", ["layers.default.mixer.rope={interleaved=true, theta=9.0}"]),
+        ("llama-3.1-8b", ["layers.default.mixer.qkv_bias=true", "layers.default.mixer.o_bias=true"]),
+        ("llama-3.1-8b", ["layers.default.ffn.bias=true", "eos_token_id=[3, 4]", "pad_token_id=5"]),
+        ("mamba2-130m", ["layers.default.mixer.groups=3", "layers.default.mixer.dt_limit=[0.01, 0.2]"]),
+        ("deepseek-moe-16b", ["layers.default.ffn.renormalize=true", "layers.default.ffn.scale=2.5"]),
+        ("deepseek-moe-16b", ["layers.default.ffn.score=sigmoid", "layers.default.ffn.shared=0"]),
+    ],
+)
+def test_layout_holds_its_own_settings(name: str, changes: list[str]) -> None:
+    config = archzoo.config(name).override(*changes)
+    assert config != archzoo.config(name)
+    assert _family_for(config).name == config.family  # compares what it would read back
+
+
 def test_dtype_can_be_chosen_at_load(tmp_path: Path) -> None:
     cfg = archzoo.config("deepseek-moe-16b").tiny()
     cfg = cfg.override("layers.override.0.ffn.selection_bias=true", "family=archzoo")

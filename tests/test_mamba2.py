@@ -149,7 +149,7 @@ def test_initialisation_ranges() -> None:
     mixer.reset_parameters(torch.Generator().manual_seed(0))
     dt, a = F.softplus(mixer.dt_bias), mixer.A_log.exp()
     assert dt.min() >= 1e-4
-    assert dt.max() <= 0.1 + 1e-9
+    assert 0.097 < dt.max() <= 0.1 + 1e-9
     assert 0.9e-3 < dt.min() < 1.3e-3  # log-uniform from 1e-3: half of the heads below 1e-2
     assert 0.4 < (dt < 1e-2).double().mean() < 0.6
     assert a.min() >= 1
