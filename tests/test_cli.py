@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import archzoo
+from archzoo import zoo
 from archzoo.cli import app
 from test_demo import TEXT, write_tiny
 
@@ -185,3 +186,26 @@ def test_a_process_ends_with_code_2_and_no_traceback() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("unknown model 'zebra-llama-3'; did you mean ")
     assert done.stderr.count("\n") == 1
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_table_is_the_registry() -> None:
+    rows = [
+        line.split(" | ") for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
+    found = {row[0].removeprefix("| "): row[1:4] for row in rows[1:] if len(row) == 5}
+    costs = {name: archzoo.cost(name) for name in archzoo.list_models() if name not in zoo.aliases()}
+    wanted = {
+        name: [f"{c.params:,}", f"{c.active_params:,}", f"{c.cache_bytes_per_token:,}"]
+        for name, c in costs.items()
+    }
+    assert found == wanted
+
+
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = README.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert (tmp_path / "out" / "config.json").exists()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,9 +153,9 @@ class _Run:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     @contextmanager
-    def step(self, title: str) -> Iterator[None]:
+    def step(self, title: str, spinner: bool = True) -> Iterator[None]:
         start = time.perf_counter()
-        with _step(title):
+        with _step(title, spinner):
             yield
         self.seconds[title] = time.perf_counter() - start
 
@@ -174,7 +174,7 @@ class _Run:
 
         s = self.settings
         ranks = {} if target == "mamba2" else {"kv_rank": s.kv_rank, "q_rank": s.q_rank}
-        with self.step(f"convert to {target}"):
+        with self.step(f"convert to {target}", spinner=False):
             return conversion.convert(teacher, target, layers=layers, seed=s.seed, **ranks)
 
     def aligned(
@@ -189,7 +189,7 @@ class _Run:
         self.distilled(mla, teacher, tokens, "all-MLA", "ild")
         self.distilled(mamba2, teacher, tokens, "all-Mamba-2", "ild")
         ids = TokenBlocks(tokens, s.score_length, s.seed).next_batch(s.score_sequences)[0]
-        with self.step("score each layer (SMART sensitivity)"):
+        with self.step("score each layer (SMART sensitivity)", spinner=False):
             scores = tuple(self.once("scores", lambda: conversion.sensitivity(teacher, mla, mamba2, ids)))
         layers = conversion.smart(scores, s.mla_layers)
         return conversion.assemble(mla, mamba2, layers), scores, layers
@@ -201,7 +201,7 @@ class _Run:
         for stage in self.settings.recipe.stages:
             if stage.kind == kind:
                 stage = _seeded(stage, self.settings.seed)
-                with self.step(f"{name}: {stage.name}, {stage.total_steps()} steps"):
+                with self.step(f"{name}: {stage.name}, {stage.total_steps()} steps", spinner=False):
                     metrics = distill(student, teacher, tokens, stage, self.work / name)
                 self.losses.setdefault(name, []).extend(m["loss"] for m in metrics)
 
@@ -218,12 +218,14 @@ class _Run:
 
 
 @contextmanager
-def _step(title: str) -> Iterator[None]:
-    """Say what begins and how long it took."""
+def _step(title: str, spinner: bool = True) -> Iterator[None]:
+    """Say what begins and how long it took; a spinner turns meanwhile unless the step has its own bar."""
     start = time.perf_counter()
-    typer.echo(f"> {title}")
-    yield
-    typer.echo(f"  {time.perf_counter() - start:.1f} s")
+    out = console()
+    out.print(f"> {title}")
+    with out.status("") if spinner and out.is_terminal else nullcontext():
+        yield
+    out.print(f"  {time.perf_counter() - start:.1f} s")
 
 
 def _seeded(stage: ILD | KD, seed: int) -> ILD | KD:
