@@ -52,5 +52,5 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     if mask is None:
         probs = scores.softmax(-1)
     else:  # a finite minimum, so that a query which sees nothing gives no NaN
-        probs = scores.masked_fill(~mask, torch.finfo(wide).min).softmax(-1).masked_fill(~mask, 0.0)
+        probs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
     return (probs.to(v.dtype) @ v).reshape(b, h, 1, v.shape[-1])
