@@ -397,6 +397,23 @@ def test_low_precision_stays_near_float64(
         assert (out.double() - expected).abs().max() / scale < limit
 
 
+def test_autocast(structure: str, tokens: Tokens) -> None:
+    """fp32 weights, bf16 products: a training step, then a padded prefill and decode."""
+    model = archzoo.build(archzoo.config(structure).tiny()).train()
+    ids, positions = tokens(2, 12), torch.arange(12).repeat(2, 1)
+    positions[1] = (positions[1] - 3).clamp(min=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        cache = model.new_cache(2, 16)
+        model(ids, positions=positions, cache=cache)
+        for step in range(3):
+            assert model(ids[:, step : step + 1], cache=cache).logits.isfinite().all()
+
+
 def test_same_seed_same_weights(structure: str) -> None:
     config = archzoo.config(structure).tiny()
     first, second, other = (archzoo.build(config, seed=s).state_dict() for s in (3, 3, 4))
