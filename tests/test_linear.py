@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from archzoo.blocks.linear import Linear, together
-from archzoo.ops.linear import FEW_ROWS, _few, linear, linears
+from archzoo.ops.linear import FEW_ROWS, few, linear, linears
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 576), (2, 1, 33), (FEW_ROWS, 1), (3, 64), (1, 2048)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_few_rows_equal_float64(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+def testfew_rows_equal_float64(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
     x, w = torch.randn(shape).to(dtype), torch.randn(300, shape[-1]).to(dtype)
     b = torch.randn(300).to(dtype) if bias else None
-    assert _few(x, w)
+    assert few(x, w)
     exact = x.double() @ w.double().t() + (0 if b is None else b.double())
     y = linear(x, w, b)
     assert y.dtype == dtype
@@ -61,10 +61,10 @@ def test_threads_do_not_change_the_result() -> None:
 
 def test_what_needs_a_gradient_or_many_rows_stays_with_torch() -> None:
     w = torch.randn(8, 16, requires_grad=True)
-    assert not _few(torch.randn(1, 16), w)
-    assert not _few(torch.randn(FEW_ROWS + 1, 16), w.detach())
-    assert not _few(torch.randn(1, 16, dtype=torch.float64), w.detach().double())
-    assert not _few(torch.randn(0, 16), w.detach())
+    assert not few(torch.randn(1, 16), w)
+    assert not few(torch.randn(FEW_ROWS + 1, 16), w.detach())
+    assert not few(torch.randn(1, 16, dtype=torch.float64), w.detach().double())
+    assert not few(torch.randn(0, 16), w.detach())
     linear(torch.randn(1, 16), w).sum().backward()
     assert w.grad is not None
 

@@ -12,9 +12,14 @@ __all__ = [
     "CheckpointReader",
     "FolderWriter",
     "__version__",
+    "attention",
+    "conv_step",
     "gate",
+    "gated_rms_norm",
     "instruction_set",
     "linear",
+    "rms_norm",
+    "ssd_step",
     "write_shards",
 ]
 __version__: str
@@ -124,6 +129,52 @@ def linear(
         bfloat16: Whether all are bfloat16 (else float32).
         threads: Most threads to use.
         parts: Address and rows of a weight, address of its bias (0: none), address of its output.
+    """
+
+def rms_norm(
+    x: int, residual: int, weight: int, rows: int, d: int, eps: float, scale: float, out: int, sum: int
+) -> None:
+    """RMSNorm of fp32 `[rows, d]` by address; with a residual (not 0) of x + residual, which goes to `sum`."""
+
+def gated_rms_norm(
+    y: int, gate: int, weight: int, rows: int, d: int, group: int, eps: float, before: bool, out: int
+) -> None:
+    """Gated RMSNorm of fp32 `[rows, d]` by address, over groups of channels."""
+
+def conv_step(
+    x: int, state: int, weight: int, bias: int, rows: int, c: int, k: int, silu: bool, out: int
+) -> None:
+    """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`."""
+
+def ssd_step(
+    shape: tuple[int, int, int, int, int, int],
+    x: int,
+    decay: int,
+    b: int,
+    c: int,
+    state: int,
+    y: int,
+    threads: int,
+) -> None:
+    """A step of the Mamba-2 recurrence by address, fp32, state in place.
+
+    shape: batch, heads, head_dim, state_size, groups of B, groups of C.
+    """
+
+def attention(
+    shape: tuple[int, int, int, int, int, int],
+    q: int,
+    k: tuple[int, tuple[int, ...]],
+    v: tuple[int, tuple[int, ...]],
+    scale: float,
+    bfloat16: bool,
+    out: int,
+    threads: int,
+) -> None:
+    """Attention of one query per row and head over a cache, by address; q and out are fp32.
+
+    shape: batch, heads, groups, slots, key channels, value channels. k, v: address and the strides of row,
+    head and slot, bfloat16 or fp32.
     """
 
 def write_shards(

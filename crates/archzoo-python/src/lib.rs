@@ -1,8 +1,8 @@
 //! The native module `archzoo._rust`: thin bindings, all work done with the interpreter released.
 
 mod checkpoint;
+mod decode;
 mod gate;
-mod linear;
 mod pool;
 
 use pyo3::prelude::*;
@@ -14,14 +14,14 @@ mod _rust {
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
-    use super::gate::gate;
+    use super::decode::{attention, conv_step, gated_rms_norm, linear, rms_norm, ssd_step};
     #[pymodule_export]
-    use super::linear::linear;
+    use super::gate::gate;
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]
     fn instruction_set() -> &'static str {
-        archzoo_router::InstructionSet::current().name()
+        archzoo_simd::InstructionSet::current().name()
     }
 
     #[pymodule_init]

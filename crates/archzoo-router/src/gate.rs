@@ -2,9 +2,9 @@ use std::str::FromStr;
 
 use rayon::prelude::*;
 
-use crate::math::{self, LANES, from_bf16, from_f16};
 use crate::top_k::top_k;
 use crate::{Error, InstructionSet};
+use archzoo_simd::math::{self, LANES, from_bf16, from_f16};
 
 /// Row-major router logits `[tokens, experts]`.
 #[derive(Debug, Clone, Copy)]

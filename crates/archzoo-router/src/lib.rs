@@ -4,12 +4,10 @@
 //! multiply-adds, compiled once per set, and sums run over a fixed number of lanes.
 
 mod gate;
-mod instruction_set;
-mod math;
 mod top_k;
 
+pub use archzoo_simd::InstructionSet;
 pub use gate::{Gate, GroupScore, Logits, PARALLEL, Score, gate, gate_with};
-pub use instruction_set::InstructionSet;
 
 use std::fmt;
 

@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use crate::math::{LANES, larger, smaller};
+use archzoo_simd::math::{LANES, larger, smaller};
 
 /// Most candidates that are ranked by counting; more are sorted.
 const CANDIDATES: usize = 32;

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.ops.backend import choose
+from archzoo import _rust
+from archzoo.ops.backend import choose, native
 
 
 def attention(
@@ -47,10 +48,38 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     """One query per row: the H / G queries of a group are the rows of one small product."""
     b, h, _, d = q.shape
     g = k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)  # rounded scores would be off by up to 2^-8 of their size
-    scores = (q.reshape(b, g, h // g, d).to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide)  # rounded scores would be off by up to 2^-8 of their size
+    if mask is None and k.shape[2] and _rust_reads(k, v) and native(q.contiguous()):
+        return _rust_decode(q.contiguous(), k, v, scale)
+    scores = (q.reshape(b, g, h // g, d) * scale) @ k.to(wide).transpose(-1, -2)
     if mask is None:
         probs = scores.softmax(-1)
     else:  # a finite minimum, so that a query which sees nothing gives no NaN
         probs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
     return (probs.to(v.dtype) @ v).reshape(b, h, 1, v.shape[-1])
+
+
+def _rust_reads(k: Tensor, v: Tensor) -> bool:
+    """fp32 or bf16 with contiguous rows, no gradient: any strides of row, head and slot will do."""
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        return False
+    plain = k.dtype == v.dtype and k.dtype in (torch.float32, torch.bfloat16)
+    return plain and k.stride(-1) == 1 and v.stride(-1) == 1
+
+
+def _rust_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    b, h, _, d = q.shape
+    e = v.shape[-1]
+    out = q.new_empty((b, h, 1, e))
+    _rust.attention(
+        (b, h, k.shape[1], k.shape[2], d, e),
+        q.data_ptr(),
+        (k.data_ptr(), k.stride()[:3]),
+        (v.data_ptr(), v.stride()[:3]),
+        scale,
+        k.dtype == torch.bfloat16,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(v.dtype)

@@ -67,6 +67,21 @@ def _decide(tensor: torch.Tensor) -> tuple[str, str]:
     return "triton", "the tensor is on a GPU"
 
 
+def native(*tensors: torch.Tensor | None) -> bool:
+    """Whether Rust's kernels for few tokens apply: CPU, contiguous fp32, no gradient, not under compile."""
+    if torch.compiler.is_compiling() or _forced != "auto":
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous():
+            return False
+        if grad and t.requires_grad:
+            return False
+    return True
+
+
 def choose(tensor: torch.Tensor) -> str:
     """The backend for an op on this tensor: "reference", "cpu" or "triton"."""
     name, reason = _decide(tensor)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archzoo import _rust
 from archzoo.errors import InputError
-from archzoo.ops.backend import choose
+from archzoo.ops.backend import choose, native
 from archzoo.ops.norm import cast, wide
 
 
@@ -243,5 +244,11 @@ def causal_conv1d_step(
     """
     if choose(x) == "triton" and state.is_contiguous():
         y: Tensor = _conv_step_op(x, state, _weight(weight, activation), bias, activation == "silu")
+        return y
+    taps = _weight(weight, activation)
+    if x.numel() and native(x, state, taps, bias):
+        y, (rows, channels) = torch.empty_like(x), x.shape
+        pointers = x.data_ptr(), state.data_ptr(), taps.data_ptr(), 0 if bias is None else bias.data_ptr()
+        _rust.conv_step(*pointers, rows, channels, taps.shape[1], activation == "silu", y.data_ptr())
         return y
     return causal_conv1d_step_reference(x, state, weight, bias, activation)

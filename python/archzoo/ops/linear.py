@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo import _rust
 from archzoo.ops.backend import choose
 
 FEW_ROWS = 8  # more rows reuse the weights, which a blocked product does better
@@ -14,19 +15,19 @@ FEW_ROWS = 8  # more rows reuse the weights, which a blocked product does better
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N]."""
-    if _few(x, weight):
-        return _rust(x, [(weight, bias)])[0]
+    if few(x, weight):
+        return _few_rows(x, [(weight, bias)])[0]
     return F.linear(x, weight, bias)
 
 
 def linears(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """Several linear layers of one input, in one pass where that is faster."""
-    if all(_few(x, weight) for weight, _ in parts):
-        return _rust(x, parts)
+    if all(few(x, weight) for weight, _ in parts):
+        return _few_rows(x, parts)
     return [F.linear(x, weight, bias) for weight, bias in parts]
 
 
-def _few(x: Tensor, weight: Tensor) -> bool:
+def few(x: Tensor, weight: Tensor) -> bool:
     """Whether Rust's product of a few rows applies: CPU, fp32 or bf16, no gradient, not under compile."""
     if torch.compiler.is_compiling() or x.numel() > FEW_ROWS * weight.shape[1] or x.numel() == 0:
         return False
@@ -37,9 +38,7 @@ def _few(x: Tensor, weight: Tensor) -> bool:
     return choose(x) == "cpu" and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
 
 
-def _rust(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    from archzoo import _rust
-
+def _few_rows(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     x = x.contiguous()
     k = x.shape[-1]
     outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight, _ in parts]

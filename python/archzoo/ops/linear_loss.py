@@ -100,7 +100,9 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the chunked head loss has no second derivative (create_graph=True)")
         grads = ctx.saved_tensors
-        unseen = grad_loss.device.type != "cpu" or torch.compiler.is_compiling()  # looking would wait, or break
+        unseen = (
+            grad_loss.device.type != "cpu" or torch.compiler.is_compiling()
+        )  # looking would wait, or break
         if unseen or grad_loss != 1:
             grads = tuple(None if g is None else g * grad_loss.to(g.dtype) for g in grads)
         return (*grads, None, None, None, None)

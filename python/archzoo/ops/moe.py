@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo import _rust
 from archzoo.errors import InputError
 from archzoo.ops.backend import choose
 
@@ -87,8 +88,6 @@ def _gate_ids(
     group_score: str,
 ) -> Tensor:
     if choose(logits) == "cpu" and logits.dtype != torch.float64:
-        from archzoo import _rust
-
         array = logits.contiguous()
         raw = array.numpy() if array.dtype == torch.float32 else array.view(torch.uint16).numpy()
         extra = None if bias is None else bias.detach().float().contiguous().numpy()

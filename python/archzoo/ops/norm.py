@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archzoo import _rust
 from archzoo.errors import InputError
-from archzoo.ops.backend import choose
+from archzoo.ops.backend import choose, native
 
 
 def wide(x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def gated_rms_norm_reference(
 # --- CPU -------------------------------------------------------------------------------------------
 # Two passes over x forward and a closed-form backward: half the time of autograd over the definition.
 
-_SMALL = 2**16  # elements; below, the overhead of calls counts and PyTorch's single call wins
+_SMALL = 2**16  # elements; below, the overhead of calls counts and one call into Rust wins
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
@@ -100,13 +101,30 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, None
 
 
+def _rms_norm_rust(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    y, summed = torch.empty_like(x), x if residual is None else torch.empty_like(x)
+    _rust.rms_norm(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        x.numel() // max(x.shape[-1], 1),
+        x.shape[-1],
+        eps,
+        scale,
+        y.data_ptr(),
+        summed.data_ptr(),
+    )
+    return y, summed
+
+
 def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+    if 0 < x.numel() < _SMALL and native(x, weight):
+        return _rms_norm_rust(x, None, weight, eps, scale)[0]
     if torch.compiler.is_compiling():  # inductor fuses the definition
         return rms_norm_reference(x, weight, eps, scale)
     grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    same = weight is None or weight.dtype == x.dtype
-    if same and not grad and scale == 1.0 and x.numel() < _SMALL:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
     h = wide(x)
     w = None if weight is None else cast(weight, h.dtype)
     y: Tensor = _RMSNorm.apply(h, w, eps, scale) if grad else _rms_forward(h, w, eps, scale)
@@ -116,6 +134,11 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) ->
 def _gated_rms_norm_cpu(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
+    if 0 < y.numel() < _SMALL and y.shape == gate.shape and native(y, gate, weight):
+        out, d = torch.empty_like(y), y.shape[-1]
+        pointers = y.data_ptr(), gate.data_ptr(), weight.data_ptr()
+        _rust.gated_rms_norm(*pointers, y.numel() // d, d, size, eps, norm_before_gate, out.data_ptr())
+        return out
     g = F.silu(wide(gate))
     h = wide(y) if norm_before_gate else wide(y) * g
     if size == h.shape[-1]:
@@ -268,6 +291,8 @@ def add_rms_norm(
     """summed = x + residual, y = rms_norm(summed).  x, residual, y, summed [..., d], weight [d]."""
     backend = choose(x)
     if backend == "cpu":
+        if 0 < x.numel() < _SMALL and x.shape == residual.shape and native(x, residual, weight):
+            return _rms_norm_rust(x, residual, weight, eps, scale)
         summed = x + residual
         return _rms_norm_cpu(summed, weight, eps, scale), summed
     if backend == "triton" and x.shape[-1] <= _MAX_ROW and x.shape == residual.shape:

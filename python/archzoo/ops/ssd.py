@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.ops.backend import choose
+from archzoo import _rust
+from archzoo.ops.backend import choose, native
 
 CHUNK = 64  # tokens per chunk; any value gives the same result, this one is the fastest measured
 
@@ -134,10 +135,25 @@ def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tenso
     """One token: y [B, H, P] from x [B, H, P], a [B, H], B [B, GB, N], C [B, GC, N]; state in place."""
     b, h, p, n = state.shape
     wide = state.dtype
+    decay = a.to(wide).exp()
+    x_, B_, C_ = (t.to(wide).contiguous() for t in (x, B, C))
+    if x.numel() and native(x_, decay, B_, C_, state):
+        y = torch.empty_like(x_)
+        _rust.ssd_step(
+            (b, h, p, n, B.shape[1], C.shape[1]),
+            x_.data_ptr(),
+            decay.data_ptr(),
+            B_.data_ptr(),
+            C_.data_ptr(),
+            state.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y.to(x.dtype)
     Bh = B.repeat_interleave(h // B.shape[1], 1) if B.shape[1] != h else B
     Ch = C.repeat_interleave(h // C.shape[1], 1) if C.shape[1] != h else C
     flat = state.view(b * h, p, n)
-    flat.mul_(a.to(wide).exp().view(b * h, 1, 1))
+    flat.mul_(decay.view(b * h, 1, 1))
     flat.baddbmm_(x.to(wide).reshape(b * h, p, 1), Bh.to(wide).reshape(b * h, 1, n))
     y = torch.bmm(flat, Ch.to(wide).reshape(b * h, n, 1))
     return y.view(b, h, p).to(x.dtype)

@@ -1,6 +1,7 @@
 use std::ops::Range;
 
-use rayon::ThreadPool;
+use crate::parallel::Threads;
+use archzoo_simd::InstructionSet;
 
 /// The most rows of x that one call takes; more are better served by a blocked product.
 pub const MAX_ROWS: usize = 8;
@@ -44,14 +45,13 @@ pub struct Matrix<'a> {
 
 /// `out[m][r, j] = Σ_i x[r, i] · matrices[m][j, i] (+ bias)`, for all matrices in one parallel pass.
 ///
-/// `x` is `[rows, k]`, `out[m]` is `[rows, n_m]`, all row-major. The caller computes one of `threads`
-/// shares itself; the rest goes to `pool`.
+/// `x` is `[rows, k]`, `out[m]` is `[rows, n_m]`, all row-major. Threads share the
+/// columns of every matrix.
 ///
 /// # Panics
 /// When a length does not fit `rows` and `k`, or `rows` exceeds [`MAX_ROWS`].
 pub fn linear(
-    pool: &ThreadPool,
-    threads: usize,
+    threads: Threads<'_>,
     x: &[f32],
     rows: usize,
     k: usize,
@@ -72,25 +72,16 @@ pub fn linear(
             Part { matrix: *matrix, n, out: out.as_mut_ptr() }
         })
         .collect();
-    let level = Level::current();
-    let shares = threads.min(bytes / TASK_BYTES).max(1);
+    let set = InstructionSet::current();
+    let shares = threads.count.min(bytes / TASK_BYTES).max(1);
     let share = |index: usize| {
         for part in &parts {
             let at = |i: usize| (part.n * i / shares).next_multiple_of(4).min(part.n);
             // SAFETY: shares are disjoint columns of outputs that outlive the scope.
-            unsafe { level.columns(x, rows, k, part, at(index)..at(index + 1)) };
+            unsafe { columns(set, x, rows, k, part, at(index)..at(index + 1)) };
         }
     };
-    if shares == 1 {
-        return share(0);
-    }
-    pool.in_place_scope(|scope| {
-        let share = &share;
-        for index in 1..shares {
-            scope.spawn(move |_| share(index));
-        }
-        share(0);
-    });
+    threads.share(shares, share);
 }
 
 /// One matrix and where its product goes: column j of row r is `out[r * n + j]`.
@@ -103,50 +94,35 @@ struct Part<'a> {
 // SAFETY: shares write disjoint columns, and the slice behind `out` outlives the parallel pass.
 unsafe impl Sync for Part<'_> {}
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Level {
-    Baseline,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl Level {
-    fn current() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-                return Self::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Self::Avx2;
-            }
+/// # Safety
+/// `part.out` is valid for `rows * part.n` writes, and nobody else writes the columns.
+unsafe fn columns(
+    set: InstructionSet,
+    x: &[f32],
+    rows: usize,
+    k: usize,
+    part: &Part<'_>,
+    columns: Range<usize>,
+) {
+    let mut sums = [0.0f32; MAX_ROWS];
+    for j in columns {
+        let at = j * k..(j + 1) * k;
+        let weights = part.matrix.weights;
+        match set {
+            // SAFETY: the CPU has the instructions of the set.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512 => unsafe { x86::dots512(x, rows, k, weights, at, &mut sums) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx2 if is_x86_feature_detected!("fma") => unsafe {
+                x86::dots256(x, rows, k, weights, at, &mut sums);
+            },
+            _ => dots(x, rows, k, weights, at, &mut sums),
         }
-        Self::Baseline
-    }
-
-    /// # Safety
-    /// `part.out` is valid for `rows * part.n` writes, and nobody else writes the columns.
-    unsafe fn columns(self, x: &[f32], rows: usize, k: usize, part: &Part<'_>, columns: Range<usize>) {
-        let mut sums = [0.0f32; MAX_ROWS];
-        for j in columns {
-            let at = j * k..(j + 1) * k;
-            let weights = part.matrix.weights;
-            match self {
-                // SAFETY: `current` saw the instructions.
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx512 => unsafe { x86::dots512(x, rows, k, weights, at, &mut sums) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx2 => unsafe { x86::dots256(x, rows, k, weights, at, &mut sums) },
-                Self::Baseline => dots(x, rows, k, weights, at, &mut sums),
-            }
-            let bias = part.matrix.bias.map_or(0.0, |bias| bias[j]);
-            for (r, sum) in sums[..rows].iter().enumerate() {
-                // SAFETY: r < rows and j < n.
-                unsafe { *part.out.add(r * part.n + j) = sum + bias };
-            }
+        let bias = part.matrix.bias.map_or(0.0, |bias| bias[j]);
+        for (r, sum) in sums[..rows].iter().enumerate() {
+            // SAFETY: r < rows and j < n.
+            unsafe { *part.out.add(r * part.n + j) = sum + bias };
         }
     }
 }
@@ -364,7 +340,7 @@ mod tests {
                     })
                     .collect();
                 let mut views: Vec<&mut [f32]> = outs.iter_mut().map(|o| &mut o[..]).collect();
-                linear(&pool, threads, &x, rows, k, &matrices, &mut views);
+                linear(Threads { pool: &pool, count: threads }, &x, rows, k, &matrices, &mut views);
                 for (m, out) in outs.iter().enumerate() {
                     for r in 0..rows {
                         for j in 0..ns[m] {

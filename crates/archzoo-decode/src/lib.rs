@@ -1,0 +1,20 @@
+//! Decoding one token at a time on a CPU. Weights and caches are read once, so memory bandwidth is the floor;
+//! what a tensor library spends between its many small calls is what there is to win.
+//!
+//! Arithmetic is in f32. Inputs that may be bf16 are bit patterns (`u16`).
+
+mod attention;
+mod conv;
+mod linear;
+mod norm;
+mod parallel;
+mod ssd;
+mod value;
+
+pub use attention::{Attention, Cached, attention};
+pub use conv::conv_step;
+pub use linear::{MAX_ROWS, Matrix, Weights, linear};
+pub use norm::{gated_rms_norm, rms_norm};
+pub use parallel::Threads;
+pub use ssd::{SsdStep, ssd_step};
+pub use value::Value;

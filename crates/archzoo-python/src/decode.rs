@@ -1,0 +1,282 @@
+//! Decode kernels over the addresses of contiguous CPU tensors: wrapping each tensor in an array would cost as
+//! much as the work. `archzoo.ops` is the only caller; it checks shapes and keeps the tensors alive meanwhile.
+
+#![allow(clippy::too_many_arguments)] // addresses and sizes, flat because a tuple costs more to unpack
+
+use archzoo_decode::{Attention, Cached, MAX_ROWS, Matrix, SsdStep, Threads, Value, Weights};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+/// Address and rows of a weight, address of its bias (0: none), address of its output.
+type Part = (usize, usize, usize, usize);
+
+/// `out = x Wᵀ + b` for several weights on one x `[rows, k]`; x, weights, biases and outputs share a dtype.
+#[pyfunction]
+pub fn linear(
+    py: Python<'_>,
+    x: usize,
+    rows: usize,
+    k: usize,
+    bfloat16: bool,
+    threads: usize,
+    parts: Vec<Part>,
+) -> PyResult<()> {
+    if rows == 0 || rows > MAX_ROWS || k == 0 {
+        return Err(PyValueError::new_err(format!(
+            "linear: rows must be 1 to {MAX_ROWS} and k at least 1, found {rows} and {k}"
+        )));
+    }
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        // SAFETY: the caller passes live, contiguous tensors of these sizes that nobody else writes.
+        unsafe {
+            if bfloat16 {
+                linear_bf16(threads, x, rows, k, &parts);
+            } else {
+                linear_f32(threads, x, rows, k, &parts);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// # Safety
+/// As `linear`.
+unsafe fn linear_f32(threads: Threads<'_>, x: usize, rows: usize, k: usize, parts: &[Part]) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let matrices: Vec<Matrix<'_>> = parts
+            .iter()
+            .map(|p| Matrix {
+                weights: Weights::F32(slice(p.0, p.1 * k)),
+                bias: (p.2 != 0).then(|| slice(p.2, p.1)),
+            })
+            .collect();
+        let mut views: Vec<&mut [f32]> = parts.iter().map(|p| slice_mut(p.3, rows * p.1)).collect();
+        archzoo_decode::linear(threads, slice(x, rows * k), rows, k, &matrices, &mut views);
+    }
+}
+
+/// # Safety
+/// As `linear`.
+unsafe fn linear_bf16(threads: Threads<'_>, x: usize, rows: usize, k: usize, parts: &[Part]) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let widen =
+            |at: usize, len: usize| -> Vec<f32> { slice::<u16>(at, len).iter().map(|v| v.widen()).collect() };
+        let x = widen(x, rows * k);
+        let biases: Vec<Option<Vec<f32>>> =
+            parts.iter().map(|p| (p.2 != 0).then(|| widen(p.2, p.1))).collect();
+        let matrices: Vec<Matrix<'_>> = parts
+            .iter()
+            .zip(&biases)
+            .map(|(p, bias)| Matrix { weights: Weights::Bf16(slice(p.0, p.1 * k)), bias: bias.as_deref() })
+            .collect();
+        let mut sums: Vec<Vec<f32>> = parts.iter().map(|p| vec![0.0; rows * p.1]).collect();
+        let mut views: Vec<&mut [f32]> = sums.iter_mut().map(|s| &mut s[..]).collect();
+        archzoo_decode::linear(threads, &x, rows, k, &matrices, &mut views);
+        for (part, sums) in parts.iter().zip(&sums) {
+            for (to, from) in slice_mut::<u16>(part.3, sums.len()).iter_mut().zip(sums) {
+                *to = narrow(*from);
+            }
+        }
+    }
+}
+
+/// RMSNorm of `[rows, d]` in f32; with a residual (address not 0) of x + residual, which goes to `sum`.
+#[pyfunction]
+pub fn rms_norm(
+    x: usize,
+    residual: usize,
+    weight: usize,
+    rows: usize,
+    d: usize,
+    eps: f32,
+    scale: f32,
+    out: usize,
+    sum: usize,
+) {
+    // SAFETY: as in `linear`.
+    unsafe {
+        let n = rows * d;
+        let both = (residual != 0).then(|| (slice(residual, n), slice_mut(sum, n)));
+        let weight = (weight != 0).then(|| slice(weight, d));
+        archzoo_decode::rms_norm(slice(x, n), both, weight, d, eps, scale, slice_mut(out, n));
+    }
+}
+
+/// Gated RMSNorm of `[rows, d]` in f32, over groups of channels.
+#[pyfunction]
+pub fn gated_rms_norm(
+    y: usize,
+    gate: usize,
+    weight: usize,
+    rows: usize,
+    d: usize,
+    group: usize,
+    eps: f32,
+    before: bool,
+    out: usize,
+) {
+    let n = rows * d;
+    // SAFETY: as in `linear`.
+    unsafe {
+        let weight = slice(weight, d);
+        archzoo_decode::gated_rms_norm(
+            slice(y, n),
+            slice(gate, n),
+            weight,
+            group,
+            eps,
+            before,
+            slice_mut(out, n),
+        );
+    }
+}
+
+/// One step of a causal convolution in f32: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`.
+#[pyfunction]
+pub fn conv_step(
+    x: usize,
+    state: usize,
+    weight: usize,
+    bias: usize,
+    rows: usize,
+    c: usize,
+    k: usize,
+    silu: bool,
+    out: usize,
+) {
+    // SAFETY: as in `linear`.
+    unsafe {
+        let bias = (bias != 0).then(|| slice(bias, c));
+        let state = slice_mut(state, rows * k * c);
+        archzoo_decode::conv_step(
+            slice(x, rows * c),
+            state,
+            slice(weight, c * k),
+            bias,
+            k,
+            silu,
+            slice_mut(out, rows * c),
+        );
+    }
+}
+
+/// One step of the Mamba-2 recurrence in f32; shape = (batch, heads, head_dim, state_size, B groups, C groups).
+#[pyfunction]
+pub fn ssd_step(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize, usize, usize),
+    x: usize,
+    decay: usize,
+    b: usize,
+    c: usize,
+    state: usize,
+    y: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (batch, heads, head_dim, state_size, b_groups, c_groups) = shape;
+    let pool = crate::pool::current()?;
+    py.detach(|| {
+        let n = batch * heads * head_dim;
+        // SAFETY: as in `linear`.
+        unsafe {
+            let step = SsdStep {
+                batch,
+                heads,
+                head_dim,
+                state_size,
+                x: slice(x, n),
+                decay: slice(decay, batch * heads),
+                b: slice(b, batch * b_groups * state_size),
+                c: slice(c, batch * c_groups * state_size),
+            };
+            let threads = Threads { pool: &pool, count: threads };
+            archzoo_decode::ssd_step(threads, step, slice_mut(state, n * state_size), slice_mut(y, n));
+        }
+    });
+    Ok(())
+}
+
+/// Attention of one query per row and head over a cache; shape = (batch, heads, groups, slots, key and value
+/// channels); keys and values are an address and the strides of row, head and slot, f32 or bf16; q, out f32.
+#[pyfunction]
+pub fn attention(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize, usize, usize),
+    q: usize,
+    k: (usize, [usize; 3]),
+    v: (usize, [usize; 3]),
+    scale: f32,
+    bfloat16: bool,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (batch, heads, groups, slots, key_dim, value_dim) = shape;
+    let shape = Attention { batch, heads, groups, slots, key_dim, value_dim, scale };
+    if groups == 0 || heads % groups != 0 {
+        return Err(PyValueError::new_err("attention: heads must be a multiple of groups"));
+    }
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        // SAFETY: as in `linear`.
+        unsafe {
+            let q = slice(q, batch * heads * key_dim);
+            let out = slice_mut(out, batch * heads * value_dim);
+            if bfloat16 {
+                let (k, v) = (cached::<u16>(shape, k, key_dim), cached::<u16>(shape, v, value_dim));
+                archzoo_decode::attention(threads, shape, q, k, v, out);
+            } else {
+                let (k, v) = (cached::<f32>(shape, k, key_dim), cached::<f32>(shape, v, value_dim));
+                archzoo_decode::attention(threads, shape, q, k, v, out);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// # Safety
+/// The address points at a tensor of this shape and these strides.
+unsafe fn cached<'a, T>(shape: Attention, at: (usize, [usize; 3]), dim: usize) -> Cached<'a, T> {
+    let (address, strides) = at;
+    let sizes = [shape.batch, shape.groups, shape.slots];
+    let len = if sizes.contains(&0) {
+        0
+    } else {
+        sizes.iter().zip(strides).map(|(n, s)| (n - 1) * s).sum::<usize>() + dim
+    };
+    // SAFETY: promised by the caller.
+    Cached { values: unsafe { slice(address, len) }, strides }
+}
+
+/// # Safety
+/// `address` points at `len` values that live for `'a`, or `len` is 0.
+unsafe fn slice<'a, T>(address: usize, len: usize) -> &'a [T] {
+    if len == 0 {
+        return &[];
+    }
+    // SAFETY: promised by the caller.
+    unsafe { std::slice::from_raw_parts(address as *const T, len) }
+}
+
+/// # Safety
+/// As `slice`, and nobody else uses the values.
+unsafe fn slice_mut<'a, T>(address: usize, len: usize) -> &'a mut [T] {
+    if len == 0 {
+        return &mut [];
+    }
+    // SAFETY: promised by the caller.
+    unsafe { std::slice::from_raw_parts_mut(address as *mut T, len) }
+}
+
+/// Round to nearest even; NaN stays NaN.
+fn narrow(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() {
+        return (bits >> 16) as u16 | 0x40;
+    }
+    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}

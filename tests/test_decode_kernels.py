@@ -1,0 +1,136 @@
+"""Rust's kernels for few tokens against the definitions in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from archzoo.ops import attention as attention_op
+from archzoo.ops import conv, norm, ssd
+from archzoo.ops.backend import backend, native
+
+
+def both(call: Callable[..., object], *args: object, **kwargs: object) -> tuple[object, object]:
+    """(the fast path in fp32, the definition in fp64)."""
+    fast = call(*args, **kwargs)
+    with backend("reference"):
+        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        return fast, call(*wide, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 576), (3, 5), (2, 4, 123), (1, 2048)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_norms(shape: tuple[int, ...], weighted: bool) -> None:
+    x, r = torch.randn(shape), torch.randn(shape)
+    w = torch.randn(shape[-1]) if weighted else None
+    assert native(x, r, w)
+    fast, exact = both(norm.rms_norm, x, w, 1e-5, 0.7)
+    torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-5)
+    fast, exact = both(norm.add_rms_norm, x, r, w, 1e-5, 1.0)
+    for a, b in zip(fast, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("d", "group"), [(64, 16), (60, 60), (66, 11)])
+def test_gated_norm(d: int, group: int, before: bool) -> None:
+    y, z, w = torch.randn(2, 3, d), torch.randn(2, 3, d) * 4, torch.randn(d)
+    fast, exact = both(norm.gated_rms_norm, y, z, w, 1e-5, group, before)
+    torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("biased", [True, False])
+def test_conv_steps(k: int, activation: str | None, biased: bool) -> None:
+    state, w = torch.randn(2, k, 37), torch.randn(37, 1, k)
+    b = torch.randn(37) if biased else None
+    exact_state = state.double()
+    for _ in range(3):
+        x = torch.randn(2, 37) * 5
+        fast = conv.causal_conv1d_step(x, state, w, b, activation)
+        with backend("reference"):
+            wide = None if b is None else b.double()
+            exact = conv.causal_conv1d_step(x.double(), exact_state, w.double(), wide, activation)
+        torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-5)
+        assert torch.equal(state.double(), exact_state)
+
+
+@pytest.mark.parametrize(("heads", "gb", "gc"), [(6, 1, 1), (6, 2, 3), (6, 6, 6), (32, 1, 32)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ssd_steps(heads: int, gb: int, gc: int, threads: int) -> None:
+    state = torch.randn(2, heads, 16, 24)
+    exact_state = state.double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            x, a = torch.randn(2, heads, 16), -torch.rand(2, heads) * 3
+            b, c = torch.randn(2, gb, 24), torch.randn(2, gc, 24)
+            fast = ssd.ssd_step(x, a, b, c, state)
+            exact, exact_state = ssd._reference(
+                *(t.double()[:, None] for t in (x, a, b, c)), exact_state, None
+            )
+            torch.testing.assert_close(fast.double(), exact[:, 0], rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(state.double(), exact_state, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [1, 63, 64, 65, 1000, 4097])
+@pytest.mark.parametrize(
+    ("b", "h", "g", "d", "e"), [(1, 9, 3, 64, 64), (2, 4, 4, 20, 12), (1, 9, 1, 128, 96), (3, 4, 1, 16, 33)]
+)
+def test_attention_over_a_cache(
+    b: int, h: int, g: int, d: int, e: int, slots: int, dtype: torch.dtype
+) -> None:
+    q = (torch.randn(b, h, 1, d) * 3).to(dtype)
+    room = torch.randn(b, g, slots + 7, d).to(dtype)
+    k = room[:, :, :slots]  # a cache with room: rows of a head are not next to those of the other
+    v = torch.randn(b, slots, g, e).to(dtype).transpose(1, 2)
+    fast = attention_op.attention(q, k, v, 0.3)
+    assert fast.dtype == dtype
+    exact = attention_op._reference(q.double(), k.double(), v.double(), 0.3, None, False)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(fast.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_with_huge_and_equal_scores() -> None:
+    q, v = torch.full((1, 2, 1, 8), 30.0), torch.randn(1, 1, 600, 8)
+    same = torch.full((1, 1, 600, 8), 30.0)
+    torch.testing.assert_close(
+        attention_op.attention(q, same, v, 1.0), v.mean(2, keepdim=True).expand(1, 2, 1, 8)
+    )
+    peak = -same
+    peak[0, 0, 599] = 30.0
+    torch.testing.assert_close(attention_op.attention(q, peak, v, 1.0), v[:, :, 599:].expand(1, 2, 1, 8))
+
+
+def test_latent_values_are_a_view_of_the_keys() -> None:
+    latent = torch.randn(2, 300, 24)
+    q = torch.randn(2, 5, 1, 24)
+    single = latent.unsqueeze(1)
+    fast = attention_op.attention(q, single, single[..., :16], 0.2)
+    exact = attention_op._reference(q, single, single[..., :16], 0.2, None, False)
+    torch.testing.assert_close(fast, exact)
+
+
+def test_native_says_no() -> None:
+    x = torch.randn(4, 4)
+    assert native(x, None)
+    assert not native(x.double())
+    assert not native(x.t())
+    assert not native(x.requires_grad_())
+    with torch.no_grad():
+        assert native(x)
+    with backend("reference"):
+        assert not native(x.detach())
