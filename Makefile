@@ -9,6 +9,8 @@ BIN := $(abspath $(VENV))/bin
 PACKAGES := $(VENV)/.archzoo-packages
 NATIVE := $(VENV)/.archzoo-native
 RUST := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+# Threads that wait by spinning make a shared machine many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PYO3_PYTHON := $(BIN)/python
 
 .DEFAULT_GOAL := help

@@ -81,7 +81,7 @@ def test_report_has_every_section(out: Path) -> None:
     ):
         assert row in report
     assert "limit lifted" in report
-    for name in ("losses", "cache", "decode"):
+    for name in ("ild", "kd", "cache", "decode"):
         assert (out / f"{name}.png").stat().st_size > 10_000
         assert f"({name}.png)" in report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from archzoo.errors import ArchzooError, InputError
 
 if TYPE_CHECKING:
     from archzoo.configuration import ModelConfig
+
+# Read when torch starts its threads. Threads that wait by spinning make a shared machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class Commands(TyperGroup):

@@ -15,13 +15,15 @@ Metrics = dict[str, Any]
 
 
 def write_report(out: Path, metrics: Metrics, teacher: ModelConfig, student: ModelConfig) -> None:
-    """metrics.json, three PNG files and report.md in the folder `out`."""
+    """metrics.json, four PNG files and report.md in the folder `out`."""
     from archzoo import costs
 
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     losses = metrics["losses"]
-    longest = max(len(values) for values in losses.values())
-    plot_lines(out / "losses.png", range(1, longest + 1), losses, "step", "loss", x_log=False)
+    for name, chosen in (("ild", ("all-MLA", "all-Mamba-2")), ("kd", ("hybrid",))):
+        lines = {key: losses[key] for key in chosen if key in losses}
+        steps = range(1, 1 + max(map(len, lines.values()), default=0))
+        plot_lines(out / f"{name}.png", steps, lines, "step", "loss", x_log=False, y_log=False)
     contexts = [2**i for i in range(7, 18)]
     bytes_of = {
         name: [costs.cost(config, n).cache_bytes for n in contexts]
@@ -59,8 +61,9 @@ def report_table(metrics: Metrics) -> str:
 def report(metrics: Metrics, max_positions: int) -> str:
     """report.md: what was done, the numbers as they came out, and what they do not show."""
     s, cost, layers = metrics["settings"], metrics["cost"], metrics["mla_layers"]
+    tokens = metrics["tokens"]
     count = len(metrics["scores"])
-    others = count - len(layers)
+    others, scored = count - len(layers), s["score_sequences"] * s["score_length"]
     ratio = cost["teacher"]["cache_bytes_per_token"] / cost["student"]["cache_bytes_per_token"]
     stages = "\n".join(
         f"| {stage['name']} | {stage['kind']} | {stage['steps']} "
@@ -70,8 +73,8 @@ def report(metrics: Metrics, max_positions: int) -> str:
     )
     beyond = [f"{n:,}" for n in s["contexts"] if n + s["decode_steps"] > max_positions]
     note = (
-        f" The teacher was made for {max_positions:,} positions: at {', '.join(beyond)} only the time is\n"
-        "measured, with that limit lifted in both configs."
+        f"\nThe teacher was made for {max_positions:,} positions: at {', '.join(beyond)} only the time is "
+        "measured, with that\nlimit lifted in both configs."
         if beyond
         else ""
     )
@@ -90,21 +93,22 @@ that loaded it computed identical logits.
 1. Convert every attention layer to MLA (SVD, latent width {s["kv_rank"]}) and, apart, to Mamba-2.
 2. Align both with the teacher, layer by layer (ILD).
 3. Score each layer by how much closer to the teacher it brings the Mamba-2 model as MLA (SMART's
-   sensitivity, {s["score_sequences"] * s["score_length"]:,} tokens); pick {len(layers)} evenly spread ones.
+   sensitivity, {scored:,} tokens); pick {len(layers)} evenly spread ones.
 4. Assemble the hybrid from the aligned layers; distil it as a whole on the teacher's distributions (KD).
 
 | stage | kind | steps | tokens a step | trains | peak learning rate |
 |---|---|---:|---:|---|---:|
 {stages}
 
-![losses](losses.png)
+![ILD losses](ild.png)
+![KD loss](kd.png)
 
 ## Perplexity
 
-On held-out text: the first {s["eval_tokens"]:,} of {metrics["tokens"]["held_out"]:,} tokens, in windows of
-{s["eval_length"]}. "initialised" is the hybrid of the same layers before any training. The training text has
-{metrics["tokens"]["train"]:,} tokens and only the steps above were made; the published models saw billions of
-tokens. Expect the trend, not their quality.
+On held-out text: {s["eval_tokens"]:,} of {tokens["held_out"]:,} tokens, {s["eval_length"]} at a time.
+"initialised" is the hybrid of the same layers before any training. The training text has
+{tokens["train"]:,} tokens, of which the steps above saw a part; the published models saw billions. Expect the
+trend, not their quality.
 
 ## Cache
 
