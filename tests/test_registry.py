@@ -434,3 +434,17 @@ def test_window_variant_obeys_the_same_laws(tokens: Tokens) -> None:
         assert cache.nbytes == archzoo.cost(config, 24, 2, "float64").cache_bytes
     with pytest.raises(CacheError):
         cache.truncate(20)
+
+
+def test_builds_the_same_weights_whatever_the_mode_and_the_threads() -> None:
+    config = archzoo.config("zebra-llama-1b").tiny()
+    model = archzoo.build(config, seed=5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            other = archzoo.build(config, seed=5)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not torch.equal(model.embed.weight, archzoo.build(config, seed=6).embed.weight)

@@ -221,12 +221,13 @@ class CausalLM(nn.Module):
                 jobs.append((name, partial(nn.init.normal_, param, 0.0, self.config.init_std)))
         for buffer in self.buffers():
             buffer.zero_()
-        device = self.embed.weight.device
+        device, inference = self.embed.weight.device, torch.is_inference_mode_enabled()
 
         def run(job: tuple[str, Callable[..., object]]) -> None:
             name, fill = job
             digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
-            fill(generator=torch.Generator(device=device).manual_seed(int.from_bytes(digest)))
+            with torch.inference_mode(inference):  # a mode holds for one thread only
+                fill(generator=torch.Generator(device=device).manual_seed(int.from_bytes(digest)))
 
         workers = torch.get_num_threads() if device.type == "cpu" else 1
         with ThreadPoolExecutor(workers) as pool:
