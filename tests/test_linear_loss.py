@@ -16,7 +16,7 @@ from archzoo.ops.linear_loss import chunk_rows, linear_cross_entropy
 N, D, V = 101, 12, 53
 
 
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LargestTensor(TorchDispatchMode):
     """Records the bytes of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo import zoo
+from archzoo import ops, zoo
 from archzoo.data import TokenBlocks
 from archzoo.distill import ILD, KD, Recipe, distill, hidden_loss, perplexity, token_loss, trainer
 from archzoo.distill.stages import decays, objective, trains
@@ -115,9 +115,11 @@ def test_ild_layers_do_not_see_each_other() -> None:
 def test_equal_models_have_nothing_to_learn() -> None:
     teacher = model(1)
     student = copy.deepcopy(teacher)
-    loss, grads = gradients(student, teacher, ild())
+    with ops.backend("reference"):  # other backends may round differently with and without gradients
+        loss, grads = gradients(student, teacher, ild())
     assert loss == 0
     assert all(grad.abs().max() == 0 for grad in grads.values())
+    assert gradients(student, teacher, ild())[0] < 1e-5
     loss, grads = gradients(student, teacher, kd())
     assert abs(loss) < 1e-6
     assert max(grad.abs().max() for grad in grads.values()) < 1e-6
