@@ -16,6 +16,12 @@ class Linear(nn.Linear):
 
 def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """The outputs of several layers on one input, in one pass when all are plain `Linear`s."""
-    if all(type(layer) is Linear and not layer._forward_hooks for layer in layers):
+    if all(type(layer) is Linear and not _hooked(layer) for layer in layers):
         return linears(x, [(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
     return [layer(x) for layer in layers]
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its product."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return bool(hooks or layer._backward_pre_hooks or "forward" in vars(layer))

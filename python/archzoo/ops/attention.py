@@ -50,7 +50,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     g = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide)  # rounded scores would be off by up to 2^-8 of their size
-    if mask is None and k.shape[2] and _rust_reads(k, v) and native(q.contiguous()):
+    if mask is None and _rust_reads(q, k, v) and native(q.contiguous()):
         return _rust_decode(q.contiguous(), k, v, scale)
     scores = (q.reshape(b, g, h // g, d) * scale) @ k.to(wide).transpose(-1, -2)
     if mask is None:
@@ -60,8 +60,11 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     return (probs.to(v.dtype) @ v).reshape(b, h, 1, v.shape[-1])
 
 
-def _rust_reads(k: Tensor, v: Tensor) -> bool:
+def _rust_reads(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """fp32 or bf16 with contiguous rows, no gradient: any strides of row, head and slot will do."""
+    (b, h, _, d), (rows, groups, slots, dim) = q.shape, k.shape
+    if (rows, dim) != (b, d) or v.shape[:3] != k.shape[:3] or h % groups or not slots:
+        return False  # torch says what is wrong
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         return False
     plain = k.dtype == v.dtype and k.dtype in (torch.float32, torch.bfloat16)

@@ -246,7 +246,9 @@ def causal_conv1d_step(
         y: Tensor = _conv_step_op(x, state, _weight(weight, activation), bias, activation == "silu")
         return y
     taps = _weight(weight, activation)
-    if x.numel() and native(x, state, taps, bias):
+    (b, c), sizes = x.shape, (taps.shape[0], 0 if bias is None else bias.shape[0])
+    fits = state.shape == (b, taps.shape[1], c) and sizes == (c, 0 if bias is None else c)
+    if fits and x.numel() and native(x, state, taps, bias):
         y, (rows, channels) = torch.empty_like(x), x.shape
         pointers = x.data_ptr(), state.data_ptr(), taps.data_ptr(), 0 if bias is None else bias.data_ptr()
         _rust.conv_step(*pointers, rows, channels, taps.shape[1], activation == "silu", y.data_ptr())

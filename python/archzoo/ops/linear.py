@@ -15,25 +15,30 @@ FEW_ROWS = 8  # more rows reuse the weights, which a blocked product does better
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N]."""
-    if few(x, weight):
+    if few(x, weight, bias):
         return _few_rows(x, [(weight, bias)])[0]
     return F.linear(x, weight, bias)
 
 
 def linears(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """Several linear layers of one input, in one pass where that is faster."""
-    if all(few(x, weight) for weight, _ in parts):
+    if all(few(x, weight, bias) for weight, bias in parts):
         return _few_rows(x, parts)
     return [F.linear(x, weight, bias) for weight, bias in parts]
 
 
-def few(x: Tensor, weight: Tensor) -> bool:
+def few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether Rust's product of a few rows applies: CPU, fp32 or bf16, no gradient, not under compile."""
     if torch.compiler.is_compiling() or x.numel() > FEW_ROWS * weight.shape[1] or x.numel() == 0:
         return False
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if x.shape[-1] != weight.shape[1]:
+        return False  # F.linear says what is wrong
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return False
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         return False
     return choose(x) == "cpu" and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
 

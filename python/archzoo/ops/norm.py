@@ -101,6 +101,10 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, None
 
 
+def _fits(x: Tensor, weight: Tensor | None) -> bool:
+    return weight is None or weight.shape == x.shape[-1:]
+
+
 def _rms_norm_rust(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -120,7 +124,7 @@ def _rms_norm_rust(
 
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
-    if 0 < x.numel() < _SMALL and native(x, weight):
+    if 0 < x.numel() < _SMALL and _fits(x, weight) and native(x, weight):
         return _rms_norm_rust(x, None, weight, eps, scale)[0]
     if torch.compiler.is_compiling():  # inductor fuses the definition
         return rms_norm_reference(x, weight, eps, scale)
@@ -134,7 +138,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) ->
 def _gated_rms_norm_cpu(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
-    if 0 < y.numel() < _SMALL and y.shape == gate.shape and native(y, gate, weight):
+    if 0 < y.numel() < _SMALL and y.shape == gate.shape and _fits(y, weight) and native(y, gate, weight):
         out, d = torch.empty_like(y), y.shape[-1]
         pointers = y.data_ptr(), gate.data_ptr(), weight.data_ptr()
         _rust.gated_rms_norm(*pointers, y.numel() // d, d, size, eps, norm_before_gate, out.data_ptr())
@@ -291,7 +295,8 @@ def add_rms_norm(
     """summed = x + residual, y = rms_norm(summed).  x, residual, y, summed [..., d], weight [d]."""
     backend = choose(x)
     if backend == "cpu":
-        if 0 < x.numel() < _SMALL and x.shape == residual.shape and native(x, residual, weight):
+        fits = x.shape == residual.shape and _fits(x, weight)
+        if fits and 0 < x.numel() < _SMALL and native(x, residual, weight):
             return _rms_norm_rust(x, residual, weight, eps, scale)
         summed = x + residual
         return _rms_norm_cpu(summed, weight, eps, scale), summed

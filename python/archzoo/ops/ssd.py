@@ -137,7 +137,9 @@ def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tenso
     wide = state.dtype
     decay = a.to(wide).exp()
     x_, B_, C_ = (t.to(wide).contiguous() for t in (x, B, C))
-    if x.numel() and native(x_, decay, B_, C_, state):
+    fits = x.shape == (b, h, p) and a.shape == (b, h) and h % B.shape[1] == 0 == h % C.shape[1]
+    fits = fits and (*B.shape[::2], *C.shape[::2]) == (b, n, b, n)
+    if fits and x.numel() and native(x_, decay, B_, C_, state):
         y = torch.empty_like(x_)
         _rust.ssd_step(
             (b, h, p, n, B.shape[1], C.shape[1]),
