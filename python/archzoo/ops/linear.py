@@ -35,7 +35,7 @@ def few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False
     if x.shape[-1] != weight.shape[1]:
         return False  # F.linear says what is wrong
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1] or bias.stride(0) != 1):
         return False
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
