@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import archzoo
 from archzoo.blocks.context import Context
+from archzoo.blocks.linear import Linear
 from archzoo.blocks.mixers.attention import AttentionConfig, visible_pairs
 from archzoo.blocks.mixers.mfa import MFA, MFAConfig
 from archzoo.blocks.registry import Site
@@ -120,6 +121,55 @@ def test_scores_and_softmax_are_wide_in_bf16(t: int) -> None:
     with backend("reference"):
         exact = attention(q.double(), k.double(), v.double(), 0.125, causal=t > 1)
     assert (out.double() - exact).abs().max() < 2**-6
+
+
+@pytest.mark.parametrize(
+    ("k_shape", "v_shape"),
+    [
+        ((2, 2, 9, 7), (2, 2, 9, 5)),  # another head_dim
+        ((3, 2, 9, 8), (3, 2, 9, 5)),  # another batch
+        ((2, 2, 9, 8), (2, 2, 8, 5)),  # fewer values than keys
+        ((2, 2, 9, 8), (2, 3, 9, 5)),  # other heads
+        ((2, 3, 9, 8), (2, 3, 9, 5)),  # heads that do not divide
+    ],
+)
+@pytest.mark.parametrize("t", [1, 3])
+def test_wrong_shapes_are_refused(k_shape: tuple[int, ...], v_shape: tuple[int, ...], t: int) -> None:
+    """Also by kernels that read memory by address."""
+    with pytest.raises(RuntimeError), torch.inference_mode():
+        attention(torch.zeros(2, 4, t, 8), torch.zeros(k_shape), torch.zeros(v_shape), 1.0)
+
+
+def test_wrong_input_of_a_linear_layer_is_refused() -> None:
+    layer = Linear(16, 4, bias=True)
+    with torch.inference_mode():
+        for x in (torch.zeros(1, 8), torch.zeros(1, 32), torch.zeros(1, 16, dtype=torch.bfloat16)):
+            with pytest.raises(RuntimeError):
+                layer(x)
+        wide = Linear(16, 4, bias=True, dtype=torch.bfloat16)
+        wide.bias.data = wide.bias.data.float()
+        with pytest.raises(RuntimeError):
+            wide(torch.zeros(1, 16, dtype=torch.bfloat16))
+
+
+def test_bias_alone_can_be_trained_on_few_rows() -> None:
+    layer = Linear(16, 4, bias=True)
+    layer.weight.requires_grad_(False)
+    layer(torch.ones(2, 16)).sum().backward()
+    assert layer.bias.grad.tolist() == [2.0] * 4
+
+
+def test_hooks_of_projections_run() -> None:
+    """Also where several projections of one input are computed together."""
+    mixer = AttentionConfig(heads=2, kv_heads=1, head_dim=8).build(SITE).requires_grad_(False)
+    x, ctx, seen = torch.randn(1, 2, 64), Context((1, 2), torch.device("cpu")), []
+    before = mixer(x, ctx)
+    mixer.q_proj.register_forward_hook(lambda *a: seen.append("after"))
+    mixer.k_proj.register_forward_pre_hook(lambda *a: seen.append("before"))
+    plain = mixer.v_proj.forward
+    mixer.v_proj.forward = lambda x: seen.append("instead") or plain(x)  # as accelerate's hooks do
+    assert_close(mixer(x, ctx), before, 1e-6)
+    assert sorted(seen) == ["after", "before", "instead"]
 
 
 # --- masks ----------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from archzoo.blocks.mixers.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from archzoo.blocks.registry import Site
 from archzoo.cache import Timeline
 from archzoo.ops.backend import backend
-from archzoo.ops.norm import gated_rms_norm
+from archzoo.ops.conv import causal_conv1d_step
+from archzoo.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from archzoo.ops.ssd import segsum, ssd, ssd_step
 
 T, H, P, N = 37, 6, 5, 4
@@ -97,6 +98,47 @@ def test_scan_of_bf16_inputs_is_wide_inside() -> None:
     exact, end = ssd(*(v.double() for v in args))
     assert_close(state.double(), end, 1e-5)
     assert_close(y.double(), exact, 2**-7)
+
+
+def test_steps_refuse_wrong_shapes() -> None:
+    """Also by kernels that read and write memory by address."""
+    right = {"x": (2, 4, 3), "a": (2, 4), "B": (2, 2, 5), "C": (2, 4, 5), "state": (2, 4, 3, 5)}
+    ssd_step(*(torch.zeros(shape) for shape in right.values()))
+    wrong = {
+        "x": [(1, 4, 3), (2, 4, 2), (2, 3, 3)],
+        "a": [(1, 4), (2, 3)],
+        "B": [(1, 2, 5), (2, 2, 4), (2, 3, 5)],
+        "C": [(1, 4, 5), (2, 4, 4), (2, 3, 5)],
+        "state": [(1, 4, 3, 5), (2, 4, 3, 6), (2, 8, 3, 5)],
+    }
+    for name, shape in ((n, s) for n, shapes in wrong.items() for s in shapes):
+        with pytest.raises(RuntimeError), torch.inference_mode():
+            ssd_step(*(torch.zeros(s) for s in (right | {name: shape}).values()))
+
+
+def test_convolution_step_refuses_wrong_shapes() -> None:
+    right = {"x": (2, 6), "state": (2, 4, 6), "weight": (6, 4), "bias": (6,)}
+    causal_conv1d_step(*(torch.zeros(shape) for shape in right.values()))
+    wrong = {
+        "x": [(1, 6), (2, 5)],
+        "state": [(1, 4, 6), (3, 4, 6), (2, 3, 6), (2, 4, 7)],
+        "weight": [(5, 4), (6, 3)],
+        "bias": [(5,)],
+    }
+    for name, shape in ((n, s) for n, shapes in wrong.items() for s in shapes):
+        with pytest.raises(RuntimeError), torch.inference_mode():
+            causal_conv1d_step(*(torch.zeros(s) for s in (right | {name: shape}).values()))
+
+
+def test_norms_refuse_weights_of_another_size() -> None:
+    x, weight = torch.ones(2, 6), torch.ones(5)
+    for call in (
+        lambda: rms_norm(x, weight),
+        lambda: add_rms_norm(x, x, weight),
+        lambda: gated_rms_norm(x, x, weight),
+    ):
+        with pytest.raises(RuntimeError), torch.inference_mode():
+            call()
 
 
 def test_segsum() -> None:
