@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo import _rust
-from archzoo.ops.backend import choose, native
+from archzoo.ops.backend import addressable, choose, native
 
 
 def attention(
@@ -50,7 +50,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     g = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide)  # rounded scores would be off by up to 2^-8 of their size
-    if mask is None and _rust_reads(q, k, v) and native(q.contiguous()):
+    if mask is None and addressable(q, k, v) and _rust_reads(q, k, v) and native(q.contiguous()):
         return _rust_decode(q.contiguous(), k, v, scale)
     scores = (q.reshape(b, g, h // g, d) * scale) @ k.to(wide).transpose(-1, -2)
     if mask is None:

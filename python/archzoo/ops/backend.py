@@ -67,9 +67,21 @@ def _decide(tensor: torch.Tensor) -> tuple[str, str]:
     return "triton", "the tensor is on a GPU"
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def addressable(*tensors: torch.Tensor | None) -> bool:
+    """Whether the memory of these tensors may be used: no subclass (fake, distributed), nothing traces."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
 def native(*tensors: torch.Tensor | None) -> bool:
     """Whether Rust's kernels for few tokens apply: CPU, contiguous fp32, no gradient, not under compile."""
-    if torch.compiler.is_compiling() or _forced != "auto":
+    if _forced != "auto" or not addressable(*tensors):
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

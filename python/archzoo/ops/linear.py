@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo import _rust
-from archzoo.ops.backend import choose
+from archzoo.ops.backend import addressable, choose
 
 FEW_ROWS = 8  # more rows reuse the weights, which a blocked product does better
 
@@ -29,7 +29,7 @@ def linears(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor
 
 def few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether Rust's product of a few rows applies: CPU, fp32 or bf16, no gradient, not under compile."""
-    if torch.compiler.is_compiling() or x.numel() > FEW_ROWS * weight.shape[1] or x.numel() == 0:
+    if x.numel() > FEW_ROWS * weight.shape[1] or x.numel() == 0 or not addressable(x, weight, bias):
         return False
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False
