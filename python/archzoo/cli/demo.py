@@ -46,9 +46,9 @@ sys.exit(0 if torch.equal(logits, saved["logits"]) else 1)
 class Settings:
     """Everything that the numbers of one run follow from, besides the teacher and the text.
 
-    recipe: "ild" stages for both converted models, then "kd" stages for the hybrid. score_*: sequences that
-    SMART's sensitivity is measured on. eval_*: held-out tokens in windows. contexts: lengths at which
-    decoding is timed, over decode_steps tokens.
+    recipe: "ild" stages for both converted models, or for one when the name ends in "-mla" or "-mamba2";
+    then "kd" stages for the hybrid. score_*: sequences that SMART's sensitivity is measured on. eval_*:
+    held-out tokens in windows. contexts: lengths at which decoding is timed, over decode_steps tokens.
     """
 
     recipe: Recipe
@@ -186,8 +186,8 @@ class _Run:
 
         s = self.settings
         mla, mamba2 = self.converted(teacher, "mla"), self.converted(teacher, "mamba2")
-        self.distilled(mla, teacher, tokens, "all-MLA", "ild")
-        self.distilled(mamba2, teacher, tokens, "all-Mamba-2", "ild")
+        self.distilled(mla, teacher, tokens, "all-mla", "ild")
+        self.distilled(mamba2, teacher, tokens, "all-mamba2", "ild")
         ids = TokenBlocks(tokens, s.score_length, s.seed).next_batch(s.score_sequences)[0]
         with self.step("score each layer (SMART sensitivity)", spinner=False):
             scores = tuple(self.once("scores", lambda: conversion.sensitivity(teacher, mla, mamba2, ids)))
@@ -195,11 +195,12 @@ class _Run:
         return conversion.assemble(mla, mamba2, layers), scores, layers
 
     def distilled(self, student: CausalLM, teacher: CausalLM, tokens: Tokens, name: str, kind: str) -> None:
-        """Train `student` in place through the recipe's stages of this kind."""
+        """Train `student` in place through the recipe's stages of this kind, unless they are for another."""
         from archzoo.distill import distill
 
         for stage in self.settings.recipe.stages:
-            if stage.kind == kind:
+            only = stage.name.rpartition("-")[2]
+            if stage.kind == kind and (only not in ("mla", "mamba2") or name.endswith(f"-{only}")):
                 stage = _seeded(stage, self.settings.seed)
                 with self.step(f"{name}: {stage.name}, {stage.total_steps()} steps", spinner=False):
                     metrics = distill(student, teacher, tokens, stage, self.work / name)

@@ -20,7 +20,7 @@ def write_report(out: Path, metrics: Metrics, teacher: ModelConfig, student: Mod
 
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     losses = metrics["losses"]
-    for name, chosen in (("ild", ("all-MLA", "all-Mamba-2")), ("kd", ("hybrid",))):
+    for name, chosen in (("ild", ("all-mla", "all-mamba2")), ("kd", ("hybrid",))):
         lines = {key: losses[key] for key in chosen if key in losses}
         steps = range(1, 1 + max(map(len, lines.values()), default=0))
         plot_lines(out / f"{name}.png", steps, lines, "step", "loss", x_log=False, y_log=False)
