@@ -23,5 +23,11 @@ def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 def _hooked(layer: nn.Module) -> bool:
     """Whether calling the layer does more than its product."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return bool(hooks or layer._backward_pre_hooks or "forward" in vars(layer))
+    own = layer.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )

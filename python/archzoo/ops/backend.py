@@ -67,16 +67,19 @@ def _decide(tensor: torch.Tensor) -> tuple[str, str]:
     return "triton", "the tensor is on a GPU"
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._are_functorch_transforms_active
 
 
 def addressable(*tensors: torch.Tensor | None) -> bool:
     """Whether the memory of these tensors may be used: no subclass (fake, distributed), nothing traces."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _dispatch_modes() or _functorch():
         return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return all(t is None or type(t) in _PLAIN for t in tensors)
+    for t in tensors:  # noqa: SIM110 - a generator would cost as much as a small kernel
+        if type(t) not in _PLAIN:
+            return False
+    return True
 
 
 def native(*tensors: torch.Tensor | None) -> bool:
