@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import archzoo
 from archzoo import CausalLM, ModelConfig
@@ -412,6 +414,18 @@ def test_autocast(structure: str, tokens: Tokens) -> None:
         model(ids, positions=positions, cache=cache)
         for step in range(3):
             assert model(ids[:, step : step + 1], cache=cache).logits.isfinite().all()
+
+
+def test_tensors_without_memory_take_the_dispatched_path(structure: str, tiny: Tiny, tokens: Tokens) -> None:
+    """Kernels that work on addresses must not see fake tensors, nor hide products from what counts them."""
+    model, ids = tiny(structure, torch.float32), tokens(1, 1)
+    if is_routed(model):
+        pytest.skip("how many tokens are chosen depends on the data")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert model(mode.from_tensor(ids)).logits.shape == (1, 1, 256)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    assert counter.get_total_flops() > archzoo.cost(model.config, 1).prefill_flops * 0.5
 
 
 def test_same_seed_same_weights(structure: str) -> None:
