@@ -88,47 +88,51 @@ def _chunked(
         a = F.pad(a, (0, 0, 0, pad))
         if seq_idx is not None:
             seq_idx = torch.cat((seq_idx, seq_idx[:, -1:].expand(-1, pad)), 1)
-    c = x.shape[1] // q
-    x, B, C = (v.to(wide).unflatten(1, (c, q)).transpose(2, 3) for v in (x, B, C))  # [b, c, heads, q, .]
+    c, g = x.shape[1] // q, math.lcm(gb, gc)
+    r = h // g  # heads of a group stand side by side, so that a group is one matrix product
+    x, B, C = (v.to(wide).unflatten(1, (c, q)) for v in (x, B, C))
+    B, C = (v.repeat_interleave(g // v.shape[3], 3).transpose(2, 3) for v in (B, C))  # [b, c, g, q, n]
     # Differences of long sums lose digits, so the sums are fp64; they are small beside the products.
-    acum = a.unflatten(1, (c, q)).transpose(2, 3).double().cumsum(-1)  # [b, c, h, q]
-    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    decay = (acum[..., :, None] - acum[..., None, :]).masked_fill(~causal, float("-inf")).to(wide).exp()
-    to_end = (acum[..., -1:] - acum).to(wide).exp()  # [b, c, h, q]
+    acum = a.unflatten(1, (c, q)).double().cumsum(2)  # [b, c, q, h]
+    to_end = (acum[:, :, -1:] - acum).to(wide).exp()
     from_start = acum.to(wide).exp()
-    whole = from_start[..., -1]  # [b, c, h]
+    whole = from_start[:, :, -1]  # [b, c, h]
+    rows = acum.transpose(2, 3)
+    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
+    decay = (rows[..., :, None] - rows[..., None, :]).masked_fill_(~causal, float("-inf")).to(wide).exp()
     if seq_idx is not None:
         ids = seq_idx.unflatten(1, (c, q))
         last = ids[..., -1:]
         before = F.pad(last[:, :-1, 0], (1, 0), value=-1)[..., None]  # sequence of the incoming state
         decay = decay * (ids[..., :, None] == ids[..., None, :])[:, :, None]
-        to_end = to_end * (ids == last)[:, :, None]
-        from_start = from_start * (ids == before)[:, :, None]
+        to_end = to_end * (ids == last)[..., None]
+        from_start = from_start * (ids == before)[..., None]
         whole = whole * (last == before)
 
-    groups = math.lcm(gb, gc)
-    Bg, Cg = B.repeat_interleave(groups // gb, 2), C.repeat_interleave(groups // gc, 2)
-    scores = Cg @ Bg.transpose(-1, -2)
-    if groups != h:
-        scores = scores.repeat_interleave(h // groups, 2)
-    y = (scores * decay) @ x  # inside each chunk
+    scores = C @ B.transpose(-1, -2)
+    if r > 1:
+        scores = scores.repeat_interleave(r, 2) if g > 1 else scores.expand(-1, -1, h, -1, -1)
+    y = ((scores * decay) @ x.transpose(2, 3)).transpose(2, 3)  # inside each chunk: [b, c, q, h, p]
 
-    # What each chunk adds to the state: one product per group of B, its heads side by side.
-    weighted = (x * to_end[..., None]).unflatten(2, (gb, h // gb)).transpose(3, 4).flatten(4)
-    added = B.transpose(-1, -2) @ weighted  # [b, c, gb, n, h/gb * p]
-    added = added.unflatten(-1, (h // gb, p)).permute(0, 1, 2, 4, 3, 5).flatten(2, 3)  # [b, c, h, n, p]
-    s = x.new_zeros(b, h, n, p) if state is None else state.to(wide).transpose(-1, -2)
-    entering = []
+    def grouped(v: Tensor) -> Tensor:
+        """[b, c, q, h, p] -> [b, c, g, q, r p]"""
+        return v.unflatten(3, (g, r)).flatten(-2).transpose(2, 3)
+
+    added = B.transpose(-1, -2) @ grouped(x * to_end[..., None])  # what a chunk adds: [b, c, g, n, r p]
+    added = added.unflatten(-1, (r, p))
+    factor = whole.view(b, c, g, 1, r, 1)
+    s = x.new_zeros(b, g, n, r, p)
+    if state is not None:
+        s = state.to(wide).unflatten(1, (g, r)).permute(0, 1, 4, 2, 3)
+    carried = []
     for i in range(c):
-        entering.append(s)
-        s = torch.addcmul(added[:, i], s, whole[:, i, :, None, None])
+        carried.append(C[:, i] @ s.flatten(-2))  # [b, g, q, r p]
+        s = torch.addcmul(added[:, i], s, factor[:, i])
     if c:
-        incoming = torch.stack(entering, 1)  # [b, c, h, n, p]
-        side = incoming.unflatten(2, (gc, h // gc)).transpose(3, 4).flatten(4)
-        carried = (C @ side).unflatten(-1, (h // gc, p)).transpose(3, 4).flatten(2, 3)
-        y = torch.addcmul(y, carried, from_start[..., None])
-    y = y.transpose(2, 3).flatten(1, 2)[:, :t]
-    return y.to(dtype), s.transpose(-1, -2)
+        into = torch.stack(carried, 1).transpose(2, 3).reshape(b, c, q, h, p)
+        y = torch.addcmul(y, into, from_start[..., None])
+    y = y.flatten(1, 2)[:, :t]
+    return y.to(dtype), s.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
 def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
