@@ -97,9 +97,11 @@ def _chunked(
     to_end = (acum[:, :, -1:] - acum).to(wide).exp()
     from_start = acum.to(wide).exp()
     whole = from_start[:, :, -1]  # [b, c, h]
-    rows = acum.transpose(2, 3)
+    # In two parts: the difference of the leading ones rounds by its own size, the rest corrects them.
+    high = acum.to(wide)
+    low = (acum - high).to(wide)
     causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    decay = (rows[..., :, None] - rows[..., None, :]).masked_fill_(~causal, float("-inf")).to(wide).exp()
+    decay = (_minus_each(high) + _minus_each(low)).masked_fill_(~causal, float("-inf")).exp()
     if seq_idx is not None:
         ids = seq_idx.unflatten(1, (c, q))
         last = ids[..., -1:]
@@ -133,6 +135,12 @@ def _chunked(
         y = torch.addcmul(y, into, from_start[..., None])
     y = y.flatten(1, 2)[:, :t]
     return y.to(dtype), s.permute(0, 1, 3, 4, 2).flatten(1, 2)
+
+
+def _minus_each(sums: Tensor) -> Tensor:
+    """[b, c, q, h] -> [b, c, h, q, q]: entry [i, j] is sum i minus sum j."""
+    rows = sums.transpose(2, 3)
+    return rows[..., :, None] - rows[..., None, :]
 
 
 def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:

@@ -235,10 +235,10 @@ class Mamba2(Mixer, Initialised):
         y, end = ssd((xs * dt[..., None]).to(xs.dtype), a, b, cs, state=start, seq_idx=ctx.seq_idx)
         if state is not None:
             state.ssm = end.contiguous()
-        return (y + self.D[:, None].to(y.dtype) * xs).flatten(2)
+        return torch.addcmul(y, xs, self.D[:, None].to(y.dtype)).flatten(2)
 
     def _step(self, xbc: Tensor, dt: Tensor, a: Tensor, state: Mamba2State) -> Tensor:
         conv = causal_conv1d_step(xbc[:, 0], state.conv, self.conv1d.weight, self.conv1d.bias, "silu")
         xs, b, cs = self._split(conv)
         y = ssd_step(xs * dt[:, 0, :, None].to(xs.dtype), a[:, 0], b, cs, state.ssm)
-        return (y + self.D[:, None].to(y.dtype) * xs).flatten(1).unsqueeze(1)
+        return torch.addcmul(y, xs, self.D[:, None].to(y.dtype)).flatten(1).unsqueeze(1)
