@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads take cores from others
 
 import torch
 from rich.console import Console
@@ -88,9 +91,12 @@ def machine() -> dict[str, object]:
 
 def report(name: str, rows: list[Row], notes: dict[str, float]) -> None:
     """Print the table; write benches/results/local/<name>.json and .png."""
-    table = Table(title=f"{name}: {_rust.instruction_set()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    where = f"{_rust.instruction_set()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    table = Table(title=f"{name}: {where}")
     for column in ("case", "archzoo", "peer", "peer is", "ratio", "goal", "of floor", "floor is"):
-        table.add_column(column, justify="right" if column in ("archzoo", "peer", "ratio", "goal") else "left")
+        table.add_column(
+            column, justify="right" if column in ("archzoo", "peer", "ratio", "goal") else "left"
+        )
     for row in rows:
         ok = row.ratio >= row.goal
         table.add_row(

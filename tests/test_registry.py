@@ -394,9 +394,11 @@ def test_low_precision_stays_near_float64(
     exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
     expected = forward(exact, ids)
     scale = expected.std()
-    limit = 1e-4 if dtype == torch.float32 else 0.1
+    with backend("reference"):  # rounded to the same dtype between the same ops
+        rounding = (forward(model, ids).double() - expected).abs().max() / scale
+    assert rounding < (1e-4 if dtype == torch.float32 else 0.15)
     for out in (forward(model, ids), decode(model, ids, model.new_cache(2, 16), [10] + [1] * 6)):
-        assert (out.double() - expected).abs().max() / scale < limit
+        assert (out.double() - expected).abs().max() / scale < 1.5 * rounding + 1e-5
 
 
 def test_autocast(structure: str, tokens: Tokens) -> None:

@@ -134,7 +134,7 @@ def linear(
 def rms_norm(
     x: int, residual: int, weight: int, rows: int, d: int, eps: float, scale: float, out: int, sum: int
 ) -> None:
-    """RMSNorm of fp32 `[rows, d]` by address; with a residual (not 0) of x + residual, which goes to `sum`."""
+    """RMSNorm of fp32 `[rows, d]` by address; with a residual (not 0) of x + residual, kept in `sum`."""
 
 def gated_rms_norm(
     y: int, gate: int, weight: int, rows: int, d: int, group: int, eps: float, before: bool, out: int
@@ -144,7 +144,8 @@ def gated_rms_norm(
 def conv_step(
     x: int, state: int, weight: int, bias: int, rows: int, c: int, k: int, silu: bool, out: int
 ) -> None:
-    """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`."""
+    """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`.
+    """
 
 def ssd_step(
     shape: tuple[int, int, int, int, int, int],

@@ -116,25 +116,19 @@ def _chunked(
         scores = scores.repeat_interleave(r, 2) if g > 1 else scores.expand(-1, -1, h, -1, -1)
     y = ((scores * decay) @ x.transpose(2, 3)).transpose(2, 3)  # inside each chunk: [b, c, q, h, p]
 
-    def grouped(v: Tensor) -> Tensor:
-        """[b, c, q, h, p] -> [b, c, g, q, r p]"""
-        return v.unflatten(3, (g, r)).flatten(-2).transpose(2, 3)
-
-    added = B.transpose(-1, -2) @ grouped(x * to_end[..., None])  # what a chunk adds: [b, c, g, n, r p]
-    added = added.unflatten(-1, (r, p))
-    factor = whole.view(b, c, g, 1, r, 1)
-    s = x.new_zeros(b, g, n, r, p)
+    s = x.new_zeros(b, g, n, r * p)
     if state is not None:
-        s = state.to(wide).unflatten(1, (g, r)).permute(0, 1, 4, 2, 3)
-    carried = []
-    for i in range(c):
-        carried.append(C[:, i] @ s.flatten(-2))  # [b, g, q, r p]
-        s = torch.addcmul(added[:, i], s, factor[:, i])
-    if c:
-        into = torch.stack(carried, 1).transpose(2, 3).reshape(b, c, q, h, p)
-        y = torch.addcmul(y, into, from_start[..., None])
-    y = y.flatten(1, 2)[:, :t]
-    return y.to(dtype), s.permute(0, 1, 3, 4, 2).flatten(1, 2)
+        s = state.to(wide).unflatten(1, (g, r)).permute(0, 1, 4, 2, 3).flatten(-2)
+    factor = whole.view(b, c, g, 1, r, 1)
+    done = [x.new_zeros(b, 0, h, p)]
+    for i in range(c):  # a chunk at a time: its tensors stay in the cache
+        carried = (C[:, i] @ s).transpose(1, 2).reshape(b, q, h, p)
+        done.append(carried * from_start[:, i, ..., None] + y[:, i])
+        weighted = (x[:, i] * to_end[:, i, ..., None]).unflatten(2, (g, r)).flatten(-2).transpose(1, 2)
+        added = (B[:, i].transpose(-1, -2) @ weighted).unflatten(-1, (r, p))
+        s = torch.addcmul(added, s.unflatten(-1, (r, p)), factor[:, i]).flatten(-2)
+    y = torch.cat(done, 1)[:, :t]
+    return y.to(dtype), s.unflatten(-1, (r, p)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
 def _minus_each(sums: Tensor) -> Tensor:
