@@ -144,8 +144,7 @@ def gated_rms_norm(
 def conv_step(
     x: int, state: int, weight: int, bias: int, rows: int, c: int, k: int, silu: bool, out: int
 ) -> None:
-    """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`.
-    """
+    """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`."""
 
 def ssd_step(
     shape: tuple[int, int, int, int, int, int],
