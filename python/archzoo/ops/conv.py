@@ -101,10 +101,17 @@ def _causal_conv1d_cpu(
 ) -> Tensor:
     K, h = weight.shape[1], wide(x)
     weight, bias = cast(weight, h.dtype), None if bias is None else cast(bias, h.dtype)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h, weight, bias))
+    if state is None and not grad and not torch.compiler.is_compiling():  # nothing before x: no padded copy
+        w = weight.t().contiguous()
+        y = h * w[-1] if bias is None else torch.addcmul(bias, h, w[-1])
+        for back in range(1, min(K, h.shape[1])):
+            y[:, back:].addcmul_(h[:, :-back], w[-1 - back])
+        return cast(y if activation is None else F.silu(y, inplace=True), x.dtype)
     taps = F.pad(h, (0, 0, K - 1, 0)) if state is None else torch.cat([cast(state[:, 1:], h.dtype), h], 1)
     needs_grad = taps.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
-        y: Tensor = _Conv.apply(taps, weight, bias)
+        y = _Conv.apply(taps, weight, bias)
         y = y if activation is None else F.silu(y)
     else:
         y = _conv_forward(taps, weight, bias)

@@ -144,8 +144,13 @@ def _gated_rms_norm_cpu(
         _rust.gated_rms_norm(*pointers, y.numel() // d, d, size, eps, norm_before_gate, out.data_ptr())
         return out
     g = F.silu(wide(gate))
+    grad = torch.is_grad_enabled() and (y.requires_grad or gate.requires_grad or weight.requires_grad)
+    whole, compiling = size == y.shape[-1], torch.compiler.is_compiling()
+    if whole and not (norm_before_gate or grad or compiling):  # in place: each pass costs as much as a read
+        h = g.mul_(wide(y))
+        return cast(h.mul_(_rstd(h, eps)).mul_(cast(weight, h.dtype)), y.dtype)
     h = wide(y) if norm_before_gate else wide(y) * g
-    if size == h.shape[-1]:
+    if whole:
         out = _rms_norm_cpu(h, weight, eps, 1.0)
     else:
         out = _rms_norm_cpu(_groups(h, size), None, eps, 1.0).flatten(-2) * weight
