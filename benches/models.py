@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import archzoo
+from archzoo.cli.demo import fill
 from archzoo.configuration import ModelConfig
 
 PROMPT = 256
@@ -171,17 +172,6 @@ def zebra_of_smollm2(max_positions: int) -> tuple[ModelConfig, ModelConfig]:
     }
     data["layers"]["override"] = [{"indices": [1, 5, 9, 13, 17, 21, 25, 28], "mixer": mla}]
     return ModelConfig.from_dict(data | {"name": "zebra-smollm2-135m"}), teacher
-
-
-def fill(cache: object, length: int) -> None:
-    """Pretend that `length` tokens are in the cache: random states of the right size."""
-    for state in cache.states:  # type: ignore[attr-defined]
-        for value in vars(state).values():
-            if isinstance(value, torch.Tensor):
-                value.normal_(0, 0.1)
-        if hasattr(state, "length"):
-            state.length = length
-    cache.timeline.append(length)  # type: ignore[attr-defined]
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from archzoo.cache import Cache
     from archzoo.distill import ILD, KD, Recipe
     from archzoo.model import CausalLM
 
@@ -273,6 +274,20 @@ def _check_reread(model: CausalLM, folder: Path, tokens: Tokens, scratch: Path) 
         raise ArchzooError(f"{folder}: a fresh process does not compute the same logits: {why}")
 
 
+def fill(cache: Cache, length: int, seed: int = 0) -> None:
+    """Put random content for `length` tokens into an empty cache with room for them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for state in cache.states:
+        for name, value in vars(state).items():
+            if isinstance(value, torch.Tensor):
+                value.normal_(0, 0.1, generator=generator)
+            elif name == "length":
+                setattr(state, name, length)
+    cache.timeline.append(length)
+
+
 def decode_rate(model: CausalLM, context: int, steps: int, seed: int) -> float:
     """Tokens per second of one sequence with `context` tokens behind it: the median of `steps` steps.
 
@@ -286,14 +301,7 @@ def decode_rate(model: CausalLM, context: int, steps: int, seed: int) -> float:
     twin = zoo.build(config, device="meta")
     twin.load_state_dict(model.state_dict(), assign=True)
     cache = twin.eval().new_cache(1, context + steps)
-    generator = torch.Generator().manual_seed(seed)
-    for state in cache.states:
-        for name, value in vars(state).items():
-            if isinstance(value, torch.Tensor):
-                value.normal_(0, 0.1, generator=generator)
-            elif name == "length":
-                setattr(state, name, context)
-    cache.timeline.append(context)
+    fill(cache, context, seed)
     token = torch.zeros(1, 1, dtype=torch.long)
     times = []
     with torch.inference_mode():
