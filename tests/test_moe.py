@@ -13,7 +13,8 @@ from archzoo.blocks.ffns.moe import MoE, MoEConfig
 from archzoo.blocks.registry import Site
 from archzoo.errors import InputError
 from archzoo.ops.backend import backend
-from archzoo.ops.moe import experts, gate
+from archzoo.ops.experts import experts
+from archzoo.ops.moe import gate
 
 GOLDEN = torch.tensor([[2.0, -2, 1, 1, 0, 0, -1, 3]])
 V3 = {"score": "sigmoid", "groups": 4, "top_groups": 2, "renormalize": True, "scale": 2.5}

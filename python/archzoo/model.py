@@ -75,7 +75,7 @@ class Layer(nn.Module):
         if self.ffn is None or self.ffn_norm is None:
             return x + mixed, mixed
         normed, x = self.ffn_norm.add(mixed, x)
-        return x + self.ffn(normed), mixed
+        return x + self.ffn(normed, ctx), mixed
 
     def new_state(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         if self.depth is None:

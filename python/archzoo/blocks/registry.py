@@ -111,7 +111,7 @@ class FfnConfig(BlockConfig):
 
     @abstractmethod
     def build(self, site: Site) -> nn.Module:
-        """The module: `forward(x [B, T, d]) -> [B, T, d]`."""
+        """The module: `forward(x [B, T, d], ctx) -> [B, T, d]`."""
 
 
 class DepthConfig(BlockConfig):

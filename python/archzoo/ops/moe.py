@@ -1,4 +1,4 @@
-"""Mixture of experts: `gate` (logits -> expert ids and weights) and `experts` (the routed SwiGLU)."""
+"""Routing of a mixture of experts: `gate`, from logits to expert ids and weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from archzoo import _rust
 from archzoo.errors import InputError
@@ -108,32 +107,3 @@ def _(
     group_score: str,
 ) -> Tensor:
     return logits.new_empty((logits.shape[0], top_k), dtype=torch.int64)
-
-
-def experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """sum_k weights[t, k] * SwiGLU_{ids[t, k]}(x[t]): x [T, d], gate_up [E, 2I, d], down [E, d, I]."""
-    order = ids.flatten().argsort(stable=True)
-    token = order // ids.shape[1]
-    counts = ids.new_zeros(gate_up.shape[0]).scatter_add(0, ids.flatten(), ids.new_ones(ids.numel()))
-    product = _grouped_product if _aligned(x, gate_up, down) else _looped_product
-    gate_rows, up_rows = product(x[token], gate_up, counts).chunk(2, -1)
-    rows = product(F.silu(gate_rows) * up_rows, down, counts)
-    rows = rows * weights.flatten()[order, None].to(rows.dtype)
-    return torch.zeros_like(x).index_add(0, token, rows)
-
-
-def _aligned(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """grouped_mm takes no fp64 and needs 16-byte rows and at least one token."""
-    ok = all((n * x.element_size()) % 16 == 0 for n in (gate_up.shape[2], down.shape[2], gate_up.shape[1]))
-    return ok and x.dtype != torch.float64 and x.shape[0] > 0 and choose(x) != "reference"
-
-
-def _grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    ends = counts.cumsum(0).to(torch.int32)
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-
-
-def _looped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows sorted by expert times the weight [E, N, K] of their expert: the definition."""
-    parts = rows.split(counts.tolist())
-    return torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])

@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.blocks.context import Context
 from archzoo.blocks.linear import Linear, together
 from archzoo.blocks.registry import FfnConfig, Site
 
@@ -48,7 +49,7 @@ class GLU(nn.Module):
         self.up_proj = Linear(site.hidden_size, config.hidden, bias=config.bias)
         self.down_proj = Linear(config.hidden, site.hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
         gate, up = together(x, self.gate_proj, self.up_proj)
         act = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
         return self.down_proj(act * up)
