@@ -10,7 +10,7 @@ from torch import Tensor
 
 from archzoo.ops import attention as attention_op
 from archzoo.ops import conv, norm, ssd
-from archzoo.ops.backend import backend, native
+from archzoo.ops.backend import backend, native, row_stride
 
 
 def both(call: Callable[..., object], *args: object, **kwargs: object) -> tuple[object, object]:
@@ -45,6 +45,46 @@ def test_gated_norm(d: int, group: int, before: bool) -> None:
     y, z, w = torch.randn(2, 3, d), torch.randn(2, 3, d) * 4, torch.randn(d)
     fast, exact = both(norm.gated_rms_norm, y, z, w, 1e-5, group, before)
     torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_strided_inputs_of_many_tokens(batch: int, threads: int) -> None:
+    """Parts of one projection, as Mamba-2 makes them; long enough for the work to be shared."""
+    both_parts = torch.randn(batch, 70, 1000) * 3
+    z, x = both_parts.split((490, 510), -1)
+    y, w, taps = torch.randn(batch, 70, 490), torch.randn(490), torch.randn(510, 1, 4)
+    assert row_stride(z) == row_stride(x) == 1000
+    state = torch.randn(batch, 4, 510)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pairs = [both(norm.gated_rms_norm, y, z, w, 1e-5, 245)]
+        for past in (None, state):
+            pairs.append(both(conv.causal_conv1d, x, taps, torch.randn(510), "silu", past))
+            pairs.append(both(conv.causal_conv1d, x[:, :2], taps, None, None, past))
+    finally:
+        torch.set_num_threads(before)
+    for fast, exact in pairs:
+        torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_row_stride() -> None:
+    t = torch.zeros(3, 4, 10)
+    assert row_stride(t) == 10
+    assert row_stride(t[..., :7]) == 10
+    assert row_stride(t[1:2, ::2, :7]) == 20
+    assert row_stride(t[:, :3, :7]) == 0  # a gap after every third row
+    assert row_stride(t[..., ::2]) == 0
+    assert row_stride(t[:, :1].expand(-1, 4, -1)) == 0
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_scans_of_many_tokens(groups: int) -> None:
+    x, a = torch.randn(2, 150, 6, 8), -torch.rand(2, 150, 6) * 2
+    b, c = torch.randn(2, 150, groups, 16), torch.randn(2, 150, 1, 16)
+    for fast, exact in zip(*both(ssd.ssd, x, a, b, c), strict=True):
+        torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

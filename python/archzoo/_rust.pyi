@@ -13,12 +13,14 @@ __all__ = [
     "FolderWriter",
     "__version__",
     "attention",
+    "conv",
     "conv_step",
     "gate",
     "gated_rms_norm",
     "instruction_set",
     "linear",
     "rms_norm",
+    "ssd_decay",
     "ssd_step",
     "write_shards",
 ]
@@ -137,9 +139,36 @@ def rms_norm(
     """RMSNorm of fp32 `[rows, d]` by address; with a residual (not 0) of x + residual, kept in `sum`."""
 
 def gated_rms_norm(
-    y: int, gate: int, weight: int, rows: int, d: int, group: int, eps: float, before: bool, out: int
+    y: int,
+    gate: tuple[int, int],
+    weight: int,
+    rows: int,
+    d: int,
+    group: int,
+    eps: float,
+    before: bool,
+    out: int,
+    threads: int,
 ) -> None:
-    """Gated RMSNorm of fp32 `[rows, d]` by address, over groups of channels."""
+    """Gated RMSNorm of fp32 `[rows, d]` by address, in groups of channels; gate: address, row stride."""
+
+def conv(
+    shape: tuple[int, int, int, int],
+    x: tuple[int, int, int],
+    state: int,
+    weight: int,
+    bias: int,
+    silu: bool,
+    out: int,
+    threads: int,
+) -> None:
+    """A causal convolution by address, fp32. shape: rows, tokens, channels, taps; x: address, strides."""
+
+def ssd_decay(shape: tuple[int, int, int, int], scores: int, sums: int, out: int, threads: int) -> None:
+    """Scores `[n, groups, q, q]` fp32 times causal decays of sums `[n, heads, q]` fp64, by address.
+
+    shape: n, heads, groups, q.
+    """
 
 def conv_step(
     x: int, state: int, weight: int, bias: int, rows: int, c: int, k: int, silu: bool, out: int

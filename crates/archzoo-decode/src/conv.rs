@@ -1,6 +1,8 @@
 use archzoo_simd::math::exp;
 use archzoo_simd::{InstructionSet, multiversion};
 
+use crate::parallel::{Shared, Threads};
+
 /// One step of a causal depthwise convolution: `state` `[rows, k, c]` moves one input to the left and takes
 /// in `x` `[rows, c]`; `out = silu?(Σ_k state·weight + bias)`. `weight` is `[c, k]`.
 ///
@@ -50,6 +52,90 @@ multiversion! {
                     *o /= 1.0 + exp(-*o);
                 }
             }
+        }
+    }
+}
+
+/// A causal depthwise convolution over `tokens` of `rows` sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct Conv<'a> {
+    /// Sequences.
+    pub rows: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+    /// Inputs; token t of row b starts at b · strides.0 + t · strides.1 and has one value a channel.
+    pub x: &'a [f32],
+    /// See `x`.
+    pub strides: (usize, usize),
+    /// The last `k` inputs before, `[rows, k, c]`; zeros without.
+    pub state: Option<&'a [f32]>,
+    /// `[c, k]`.
+    pub weight: &'a [f32],
+    /// `[c]`.
+    pub bias: Option<&'a [f32]>,
+    /// Taps.
+    pub k: usize,
+    /// Apply SiLU.
+    pub silu: bool,
+}
+
+/// A share of work smaller than this many values is not worth another thread.
+const SHARE: usize = 1 << 15;
+
+/// `out[b, t] = silu?(Σ_k x[b, t - K + 1 + k]·weight[:, k] + bias)`; `out` is `[rows, tokens, c]`.
+///
+/// # Panics
+/// When a length does not fit.
+pub fn conv(threads: Threads<'_>, conv: Conv<'_>, out: &mut [f32]) {
+    let Conv { rows, tokens, x, strides, state, weight, bias, k, silu } = conv;
+    assert!(k > 0 && weight.len().is_multiple_of(k), "the weight does not fit");
+    let c = weight.len() / k;
+    if rows * tokens * c == 0 {
+        return;
+    }
+    assert!(out.len() == rows * tokens * c, "the output does not fit");
+    assert!(x.len() >= (rows - 1) * strides.0 + (tokens - 1) * strides.1 + c, "x does not fit");
+    assert!(state.is_none_or(|s| s.len() == rows * k * c), "the state does not fit");
+    assert!(bias.is_none_or(|b| b.len() == c), "the bias does not fit");
+    let taps: Vec<f32> = (0..k * c).map(|i| weight[i % c * k + i / c]).collect(); // [k, c]
+    let shares = threads.count.min(out.len() / SHARE).max(1);
+    let (set, outs) = (InstructionSet::current(), Shared(out.as_mut_ptr()));
+    threads.share(shares, |share| {
+        for i in rows * tokens * share / shares..rows * tokens * (share + 1) / shares {
+            let (b, t) = (i / tokens, i % tokens);
+            // SAFETY: each token belongs to one share.
+            let out = unsafe { outs.slice(i * c, c) };
+            match bias {
+                Some(bias) => out.copy_from_slice(bias),
+                None => out.fill(0.0),
+            }
+            for (tap, w) in taps.chunks_exact(c).enumerate() {
+                let input = match ((t + tap + 1).checked_sub(k), state) {
+                    (Some(t), _) => &x[b * strides.0 + t * strides.1..][..c],
+                    (None, Some(state)) => &state[(b * k + t + tap + 1) * c..][..c],
+                    (None, None) => continue,
+                };
+                add_product(set, out, input, w);
+            }
+            if silu {
+                apply_silu(set, out);
+            }
+        }
+    });
+}
+
+multiversion! {
+    fn add_product(out: &mut [f32], x: &[f32], w: &[f32]) {
+        for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+            *o += x * w;
+        }
+    }
+}
+
+multiversion! {
+    fn apply_silu(out: &mut [f32]) {
+        for o in out.iter_mut() {
+            *o /= 1.0 + exp(-*o);
         }
     }
 }

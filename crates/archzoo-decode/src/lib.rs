@@ -12,9 +12,9 @@ mod ssd;
 mod value;
 
 pub use attention::{Attention, Cached, attention};
-pub use conv::conv_step;
+pub use conv::{Conv, conv, conv_step};
 pub use linear::{MAX_ROWS, Matrix, Weights, linear};
-pub use norm::{gated_rms_norm, rms_norm};
+pub use norm::{Gate, gated_rms_norm, rms_norm};
 pub use parallel::Threads;
-pub use ssd::{SsdStep, ssd_step};
+pub use ssd::{SsdStep, ssd_decay, ssd_step};
 pub use value::Value;

@@ -1,6 +1,7 @@
 use archzoo_simd::math::exp;
 use archzoo_simd::{InstructionSet, multiversion};
 
+use crate::parallel::{Shared, Threads};
 use crate::value::dot;
 
 /// `out = s / sqrt(mean(s²) + eps) · weight · scale` per row of `d`, where `s = x (+ residual)` is written to
@@ -52,14 +53,28 @@ multiversion! {
     }
 }
 
+/// A gate whose rows lie `stride` values apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Gate<'a> {
+    /// From the first row's first value to the last row's last.
+    pub values: &'a [f32],
+    /// Values from a row to the next.
+    pub stride: usize,
+}
+
+/// A share of work smaller than this many values is not worth another thread.
+const SHARE: usize = 1 << 15;
+
 /// Mamba-2's gated norm of `[rows, d]`, statistics over each `group` of channels: RMSNorm(y·silu(gate))·weight,
 /// or RMSNorm(y)·weight·silu(gate) with `before`.
 ///
 /// # Panics
 /// When a length does not fit.
+#[allow(clippy::too_many_arguments)]
 pub fn gated_rms_norm(
+    threads: Threads<'_>,
     y: &[f32],
-    gate: &[f32],
+    gate: Gate<'_>,
     weight: &[f32],
     group: usize,
     eps: f32,
@@ -68,8 +83,23 @@ pub fn gated_rms_norm(
 ) {
     let d = weight.len();
     assert!(group > 0 && d > 0 && d.is_multiple_of(group), "the group does not divide the channels");
-    assert!(y.len().is_multiple_of(d) && gate.len() == y.len() && out.len() == y.len(), "lengths do not fit");
-    gated(InstructionSet::current(), y, gate, weight, group, eps, before, out);
+    assert!(y.len().is_multiple_of(d) && out.len() == y.len(), "lengths do not fit");
+    let rows = y.len() / d;
+    assert!(
+        rows == 0 || gate.stride >= d && gate.values.len() >= (rows - 1) * gate.stride + d,
+        "the gate does not fit"
+    );
+    let shares = threads.count.min(y.len() / SHARE).max(1);
+    let (set, outs) = (InstructionSet::current(), Shared(out.as_mut_ptr()));
+    threads.share(shares, |share| {
+        for row in rows * share / shares..rows * (share + 1) / shares {
+            let at = row * d;
+            // SAFETY: each row belongs to one share.
+            let out = unsafe { outs.slice(at, d) };
+            let gate = &gate.values[row * gate.stride..][..d];
+            gated(set, &y[at..at + d], gate, weight, group, eps, before, out);
+        }
+    });
 }
 
 multiversion! {

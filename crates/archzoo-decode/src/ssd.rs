@@ -1,3 +1,4 @@
+use archzoo_simd::math::exp;
 use archzoo_simd::{InstructionSet, multiversion};
 
 use crate::parallel::{Shared, Threads};
@@ -81,6 +82,56 @@ multiversion! {
                 *s = *s * decay + x * b;
             }
             *y = dot(s, c);
+        }
+    }
+}
+
+/// `out[n, h, i, j] = scores[n, g, i, j] · exp(sums[n, h, i] - sums[n, h, j])` up to the diagonal, 0 above it.
+///
+/// `scores` is `[n, groups, q, q]`, `sums` (running sums of the log-decays) `[n, heads, q]`, `out`
+/// `[n, heads, q, q]`; head h reads group h / (heads / groups).
+///
+/// # Panics
+/// When a length does not fit.
+pub fn ssd_decay(
+    threads: Threads<'_>,
+    scores: &[f32],
+    sums: &[f64],
+    heads: usize,
+    groups: usize,
+    q: usize,
+    out: &mut [f32],
+) {
+    assert!(
+        groups > 0 && heads > 0 && q > 0 && heads.is_multiple_of(groups),
+        "heads, groups or q do not fit"
+    );
+    assert!(sums.len().is_multiple_of(heads * q), "the sums do not fit");
+    let count = sums.len() / q;
+    assert!(out.len() == count * q * q && scores.len() == out.len() / heads * groups, "scores do not fit");
+    let shares = threads.count.min(out.len() / SHARE).max(1);
+    let (set, outs) = (InstructionSet::current(), Shared(out.as_mut_ptr()));
+    threads.share(shares, |share| {
+        for i in count * share / shares..count * (share + 1) / shares {
+            let from = (i / heads * groups + i % heads / (heads / groups)) * q * q;
+            // SAFETY: head i has this place to itself.
+            let out = unsafe { outs.slice(i * q * q, q * q) };
+            decayed(set, &scores[from..from + q * q], &sums[i * q..(i + 1) * q], out);
+        }
+    });
+}
+
+multiversion! {
+    fn decayed(scores: &[f32], sums: &[f64], out: &mut [f32]) {
+        let q = sums.len();
+        for (i, (scores, out)) in scores.chunks_exact(q).zip(out.chunks_exact_mut(q)).enumerate() {
+            let here = sums[i];
+            let (out, above) = out.split_at_mut(i + 1);
+            // The difference of long sums loses digits in f32.
+            for ((o, s), sum) in out.iter_mut().zip(scores).zip(sums) {
+                *o = s * exp((here - sum) as f32);
+            }
+            above.fill(0.0);
         }
     }
 }

@@ -3,7 +3,7 @@
 
 #![allow(clippy::too_many_arguments)] // addresses and sizes, flat because a tuple costs more to unpack
 
-use archzoo_decode::{Attention, Cached, MAX_ROWS, Matrix, SsdStep, Threads, Value, Weights};
+use archzoo_decode::{Attention, Cached, Conv, Gate, MAX_ROWS, Matrix, SsdStep, Threads, Value, Weights};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -106,11 +106,12 @@ pub fn rms_norm(
     }
 }
 
-/// Gated RMSNorm of `[rows, d]` in f32, over groups of channels.
+/// Gated RMSNorm of `[rows, d]` in f32, over groups of channels; the gate's rows lie `stride` values apart.
 #[pyfunction]
 pub fn gated_rms_norm(
+    py: Python<'_>,
     y: usize,
-    gate: usize,
+    gate: (usize, usize),
     weight: usize,
     rows: usize,
     d: usize,
@@ -118,21 +119,94 @@ pub fn gated_rms_norm(
     eps: f32,
     before: bool,
     out: usize,
-) {
-    let n = rows * d;
-    // SAFETY: as in `linear`.
-    unsafe {
-        let weight = slice(weight, d);
-        archzoo_decode::gated_rms_norm(
-            slice(y, n),
-            slice(gate, n),
-            weight,
-            group,
-            eps,
-            before,
-            slice_mut(out, n),
-        );
+    threads: usize,
+) -> PyResult<()> {
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    let (gate, stride) = gate;
+    py.detach(|| {
+        let n = rows * d;
+        // SAFETY: as in `linear`.
+        unsafe {
+            let gate = Gate { values: slice(gate, rows.saturating_sub(1) * stride + d), stride };
+            let weight = slice(weight, d);
+            let out = slice_mut(out, n);
+            archzoo_decode::gated_rms_norm(threads, slice(y, n), gate, weight, group, eps, before, out);
+        }
+    });
+    Ok(())
+}
+
+/// A causal convolution in f32 over x `[rows, tokens, c]` (address, strides of row and token), after state
+/// `[rows, k, c]`; weight `[c, k]`, out `[rows, tokens, c]`.
+#[pyfunction]
+pub fn conv(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize),
+    x: (usize, usize, usize),
+    state: usize,
+    weight: usize,
+    bias: usize,
+    silu: bool,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (rows, tokens, c, k) = shape;
+    let (x, row, token) = x;
+    if rows * tokens * c == 0 {
+        return Ok(());
     }
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        // SAFETY: as in `linear`.
+        unsafe {
+            let conv = Conv {
+                rows,
+                tokens,
+                x: slice(x, (rows - 1) * row + (tokens - 1) * token + c),
+                strides: (row, token),
+                state: (state != 0).then(|| slice(state, rows * k * c)),
+                weight: slice(weight, c * k),
+                bias: (bias != 0).then(|| slice(bias, c)),
+                k,
+                silu,
+            };
+            archzoo_decode::conv(threads, conv, slice_mut(out, rows * tokens * c));
+        }
+    });
+    Ok(())
+}
+
+/// Scores `[n, groups, q, q]` f32 times the decays of the sums `[n, heads, q]` f64, causal: `[n, heads, q, q]`.
+#[pyfunction]
+pub fn ssd_decay(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize),
+    scores: usize,
+    sums: usize,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (n, heads, groups, q) = shape;
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        // SAFETY: as in `linear`.
+        unsafe {
+            let (scores, sums) = (slice(scores, n * groups * q * q), slice(sums, n * heads * q));
+            archzoo_decode::ssd_decay(
+                threads,
+                scores,
+                sums,
+                heads,
+                groups,
+                q,
+                slice_mut(out, n * heads * q * q),
+            );
+        }
+    });
+    Ok(())
 }
 
 /// One step of a causal convolution in f32: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`.

@@ -14,7 +14,7 @@ mod _rust {
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
-    use super::decode::{attention, conv_step, gated_rms_norm, linear, rms_norm, ssd_step};
+    use super::decode::{attention, conv, conv_step, gated_rms_norm, linear, rms_norm, ssd_decay, ssd_step};
     #[pymodule_export]
     use super::gate::gate;
 

@@ -82,19 +82,29 @@ def addressable(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
-def native(*tensors: torch.Tensor | None) -> bool:
-    """Whether Rust's kernels for few tokens apply: CPU, contiguous fp32, no gradient, not under compile."""
-    if _forced != "auto" or not addressable(*tensors):
+def native(*tensors: torch.Tensor | None, strided: torch.Tensor | None = None) -> bool:
+    """Whether Rust's kernels apply: CPU, fp32, no gradient, no compile; contiguous except `strided`."""
+    if _forced != "auto" or not addressable(*tensors, strided):
         return False
     grad = torch.is_grad_enabled()
-    for t in tensors:
+    for t in (*tensors, strided):
         if t is None:
             continue
-        if t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous():
+        if t.dtype != torch.float32 or t.device.type != "cpu" or (grad and t.requires_grad):
             return False
-        if grad and t.requires_grad:
+        if not t.is_contiguous() and t is not strided:
             return False
     return True
+
+
+def row_stride(t: torch.Tensor) -> int:
+    """Values from a row of t [..., d] to the next; 0 when its rows are not evenly spaced."""
+    if t.is_contiguous():
+        return t.shape[-1]
+    if t.stride(-1) != 1 or t.dim() == 1:
+        return 0
+    even = all(t.shape[i] == 1 or t.stride(i) == t.shape[i + 1] * t.stride(i + 1) for i in range(t.dim() - 2))
+    return t.stride(-2) if even and t.stride(-2) >= t.shape[-1] else 0
 
 
 def choose(tensor: torch.Tensor) -> str:

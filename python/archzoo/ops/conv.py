@@ -99,15 +99,24 @@ class _Conv(torch.autograd.Function):
 def _causal_conv1d_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None
 ) -> Tensor:
-    K, h = weight.shape[1], wide(x)
+    (B, T, C), K = x.shape, weight.shape[1]
+    fits = weight.shape[0] == C and (bias is None or bias.shape == (C,))
+    fits = fits and (state is None or state.shape == (B, K, C))
+    if fits and x.numel() and x.stride(2) == 1 and native(weight, bias, state, strided=x):
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _rust.conv(
+            (B, T, C, K),
+            (x.data_ptr(), x.stride(0), x.stride(1)),
+            0 if state is None else state.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            activation is not None,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+    h = wide(x)
     weight, bias = cast(weight, h.dtype), None if bias is None else cast(bias, h.dtype)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h, weight, bias))
-    if state is None and not grad and not torch.compiler.is_compiling():  # nothing before x: no padded copy
-        w = weight.t().contiguous()
-        y = h * w[-1] if bias is None else torch.addcmul(bias, h, w[-1])
-        for back in range(1, min(K, h.shape[1])):
-            y[:, back:].addcmul_(h[:, :-back], w[-1 - back])
-        return cast(y if activation is None else F.silu(y, inplace=True), x.dtype)
     taps = F.pad(h, (0, 0, K - 1, 0)) if state is None else torch.cat([cast(state[:, 1:], h.dtype), h], 1)
     needs_grad = taps.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:

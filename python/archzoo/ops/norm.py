@@ -14,7 +14,7 @@ from torch import Tensor
 
 from archzoo import _rust
 from archzoo.errors import InputError
-from archzoo.ops.backend import choose, native
+from archzoo.ops.backend import choose, native, row_stride
 
 
 def wide(x: Tensor) -> Tensor:
@@ -138,19 +138,25 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, scale: float) ->
 def _gated_rms_norm_cpu(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
-    if 0 < y.numel() < _SMALL and y.shape == gate.shape and _fits(y, weight) and native(y, gate, weight):
-        out, d = torch.empty_like(y), y.shape[-1]
-        pointers = y.data_ptr(), gate.data_ptr(), weight.data_ptr()
-        _rust.gated_rms_norm(*pointers, y.numel() // d, d, size, eps, norm_before_gate, out.data_ptr())
-        return out
+    if y.numel() and y.shape == gate.shape and _fits(y, weight) and native(y, weight, strided=gate):
+        out, d, stride = torch.empty_like(y), y.shape[-1], row_stride(gate)
+        if stride:
+            _rust.gated_rms_norm(
+                y.data_ptr(),
+                (gate.data_ptr(), stride),
+                weight.data_ptr(),
+                y.numel() // d,
+                d,
+                size,
+                eps,
+                norm_before_gate,
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return out
     g = F.silu(wide(gate))
-    grad = torch.is_grad_enabled() and (y.requires_grad or gate.requires_grad or weight.requires_grad)
-    whole, compiling = size == y.shape[-1], torch.compiler.is_compiling()
-    if whole and not (norm_before_gate or grad or compiling):  # in place: each pass costs as much as a read
-        h = g.mul_(wide(y))
-        return cast(h.mul_(_rstd(h, eps)).mul_(cast(weight, h.dtype)), y.dtype)
     h = wide(y) if norm_before_gate else wide(y) * g
-    if whole:
+    if size == y.shape[-1]:
         out = _rms_norm_cpu(h, weight, eps, 1.0)
     else:
         out = _rms_norm_cpu(_groups(h, size), None, eps, 1.0).flatten(-2) * weight

@@ -97,24 +97,17 @@ def _chunked(
     to_end = (acum[:, :, -1:] - acum).to(wide).exp()
     from_start = acum.to(wide).exp()
     whole = from_start[:, :, -1]  # [b, c, h]
-    # In two parts: the difference of the leading ones rounds by its own size, the rest corrects them.
-    high = acum.to(wide)
-    low = (acum - high).to(wide)
-    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    decay = (_minus_each(high) + _minus_each(low)).masked_fill_(~causal, float("-inf")).exp()
     if seq_idx is not None:
         ids = seq_idx.unflatten(1, (c, q))
         last = ids[..., -1:]
         before = F.pad(last[:, :-1, 0], (1, 0), value=-1)[..., None]  # sequence of the incoming state
-        decay = decay * (ids[..., :, None] == ids[..., None, :])[:, :, None]
         to_end = to_end * (ids == last)[..., None]
         from_start = from_start * (ids == before)[..., None]
         whole = whole * (last == before)
-
-    scores = C @ B.transpose(-1, -2)
-    if r > 1:
-        scores = scores.repeat_interleave(r, 2) if g > 1 else scores.expand(-1, -1, h, -1, -1)
-    y = ((scores * decay) @ x.transpose(2, 3)).transpose(2, 3)  # inside each chunk: [b, c, q, h, p]
+    mixing = _decayed(C @ B.transpose(-1, -2), acum.transpose(2, 3))
+    if seq_idx is not None:
+        mixing = mixing * (ids[..., :, None] == ids[..., None, :])[:, :, None]
+    y = (mixing @ x.transpose(2, 3)).transpose(2, 3)  # inside each chunk: [b, c, q, h, p]
 
     s = x.new_zeros(b, g, n, r * p)
     if state is not None:
@@ -123,7 +116,7 @@ def _chunked(
     done = [x.new_zeros(b, 0, h, p)]
     for i in range(c):  # a chunk at a time: its tensors stay in the cache
         carried = (C[:, i] @ s).transpose(1, 2).reshape(b, q, h, p)
-        done.append(carried * from_start[:, i, ..., None] + y[:, i])
+        done.append(torch.addcmul(y[:, i], carried, from_start[:, i, ..., None]))
         weighted = (x[:, i] * to_end[:, i, ..., None]).unflatten(2, (g, r)).flatten(-2).transpose(1, 2)
         added = (B[:, i].transpose(-1, -2) @ weighted).unflatten(-1, (r, p))
         s = torch.addcmul(added, s.unflatten(-1, (r, p)), factor[:, i]).flatten(-2)
@@ -131,10 +124,27 @@ def _chunked(
     return y.to(dtype), s.unflatten(-1, (r, p)).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
+def _decayed(scores: Tensor, sums: Tensor) -> Tensor:
+    """[b, c, h, q, q]: scores [b, c, g, q, q] times exp(sum i - sum j) of sums [b, c, h, q] fp64, causal."""
+    (b, c, h, q), g = sums.shape, scores.shape[2]
+    if scores.numel() and native(scores) and not (torch.is_grad_enabled() and sums.requires_grad):
+        out, sums = scores.new_empty(b, c, h, q, q), sums.contiguous()
+        shape = b * c, h, g, q
+        _rust.ssd_decay(shape, scores.data_ptr(), sums.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
+    causal = torch.ones(q, q, dtype=torch.bool, device=scores.device).tril()
+    # In two parts: the difference of the leading ones rounds by its own size, the rest corrects them.
+    high = sums.to(scores.dtype)
+    low = (sums - high).to(scores.dtype)
+    decay = (_minus_each(high) + _minus_each(low)).masked_fill_(~causal, float("-inf")).exp()
+    if h > g:
+        scores = scores.repeat_interleave(h // g, 2) if g > 1 else scores.expand(-1, -1, h, -1, -1)
+    return scores * decay
+
+
 def _minus_each(sums: Tensor) -> Tensor:
-    """[b, c, q, h] -> [b, c, h, q, q]: entry [i, j] is sum i minus sum j."""
-    rows = sums.transpose(2, 3)
-    return rows[..., :, None] - rows[..., None, :]
+    """[..., q] -> [..., q, q]: entry [i, j] is sum i minus sum j."""
+    return sums[..., :, None] - sums[..., None, :]
 
 
 def ssd_step(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
