@@ -15,8 +15,10 @@ __all__ = [
     "attention",
     "conv",
     "conv_step",
+    "experts",
     "gate",
     "gated_rms_norm",
+    "has_bfloat16",
     "instruction_set",
     "linear",
     "rms_norm",
@@ -106,6 +108,9 @@ def gate(
         TypeError: `logits` is no 2-D array of the stated storage.
     """
 
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself."""
+
 def instruction_set() -> str:
     """The vector instructions in use: "baseline", "avx2" or "avx512".
 
@@ -151,6 +156,26 @@ def gated_rms_norm(
     threads: int,
 ) -> None:
     """Gated RMSNorm of fp32 `[rows, d]` by address, in groups of channels; gate: address, row stride."""
+
+def experts(
+    shape: tuple[int, int, int, int, int],
+    x: int,
+    token: int,
+    scale: int,
+    counts: int,
+    weights: tuple[int, int, int, int],
+    bfloat16: bool,
+    activation: str,
+    scale_input: bool,
+    keep: int,
+    out: int,
+    threads: int,
+) -> None:
+    """Adds scale[r] * FFN(x[token[r]]) to out[token[r]] for assignments sorted by expert, by address, fp32.
+
+    shape: tokens, assignments, experts, d, hidden; weights: up, down and their biases (0: none), fp32, bf16;
+    keep (0: none) takes the values before the activation.
+    """
 
 def conv(
     shape: tuple[int, int, int, int],

@@ -5,15 +5,18 @@
 
 mod attention;
 mod conv;
+mod experts;
 mod linear;
 mod norm;
 mod parallel;
+mod product;
 mod ssd;
 mod value;
 
 pub use attention::{Attention, Cached, attention};
 pub use conv::{Conv, conv, conv_step};
-pub use linear::{MAX_ROWS, Matrix, Weights, linear};
+pub use experts::{Activation, Experts, experts};
+pub use linear::{Matrix, linear};
 pub use norm::{Gate, gated_rms_norm, rms_norm};
 pub use parallel::Threads;
 pub use ssd::{SsdStep, ssd_decay, ssd_step};

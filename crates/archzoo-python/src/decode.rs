@@ -3,7 +3,7 @@
 
 #![allow(clippy::too_many_arguments)] // addresses and sizes, flat because a tuple costs more to unpack
 
-use archzoo_decode::{Attention, Cached, Conv, Gate, MAX_ROWS, Matrix, SsdStep, Threads, Value, Weights};
+use archzoo_decode::{Activation, Attention, Cached, Conv, Experts, Gate, Matrix, SsdStep, Threads, Value};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -21,10 +21,8 @@ pub fn linear(
     threads: usize,
     parts: Vec<Part>,
 ) -> PyResult<()> {
-    if rows == 0 || rows > MAX_ROWS || k == 0 {
-        return Err(PyValueError::new_err(format!(
-            "linear: rows must be 1 to {MAX_ROWS} and k at least 1, found {rows} and {k}"
-        )));
+    if rows == 0 || k == 0 {
+        return Err(PyValueError::new_err(format!("linear: found {rows} rows of {k} values")));
     }
     let pool = crate::pool::current()?;
     let threads = Threads { pool: &pool, count: threads };
@@ -32,9 +30,19 @@ pub fn linear(
         // SAFETY: the caller passes live, contiguous tensors of these sizes that nobody else writes.
         unsafe {
             if bfloat16 {
-                linear_bf16(threads, x, rows, k, &parts);
+                let x: Vec<f32> = slice::<u16>(x, rows * k).iter().map(|v| v.widen()).collect();
+                let mut sums: Vec<Vec<f32>> = parts.iter().map(|p| vec![0.0; rows * p.1]).collect();
+                let mut views: Vec<&mut [f32]> = sums.iter_mut().map(|s| &mut s[..]).collect();
+                archzoo_decode::linear(threads, &x, rows, k, &matrices::<u16>(&parts, k), &mut views);
+                for (part, sums) in parts.iter().zip(&sums) {
+                    for (to, from) in slice_mut::<u16>(part.3, sums.len()).iter_mut().zip(sums) {
+                        *to = narrow(*from);
+                    }
+                }
             } else {
-                linear_f32(threads, x, rows, k, &parts);
+                let mut views: Vec<&mut [f32]> = parts.iter().map(|p| slice_mut(p.3, rows * p.1)).collect();
+                let x = slice(x, rows * k);
+                archzoo_decode::linear(threads, x, rows, k, &matrices::<f32>(&parts, k), &mut views);
             }
         }
     });
@@ -43,43 +51,93 @@ pub fn linear(
 
 /// # Safety
 /// As `linear`.
-unsafe fn linear_f32(threads: Threads<'_>, x: usize, rows: usize, k: usize, parts: &[Part]) {
+unsafe fn matrices<'a, T>(parts: &[Part], k: usize) -> Vec<Matrix<'a, T>> {
     // SAFETY: promised by the caller.
-    unsafe {
-        let matrices: Vec<Matrix<'_>> = parts
-            .iter()
-            .map(|p| Matrix {
-                weights: Weights::F32(slice(p.0, p.1 * k)),
-                bias: (p.2 != 0).then(|| slice(p.2, p.1)),
-            })
-            .collect();
-        let mut views: Vec<&mut [f32]> = parts.iter().map(|p| slice_mut(p.3, rows * p.1)).collect();
-        archzoo_decode::linear(threads, slice(x, rows * k), rows, k, &matrices, &mut views);
+    let matrix = |p: &Part| unsafe {
+        Matrix { weights: slice(p.0, p.1 * k), bias: (p.2 != 0).then(|| slice(p.2, p.1)) }
+    };
+    parts.iter().map(matrix).collect()
+}
+
+/// `out[token[r]] += scale[r] · FFN(x[token[r]])` in f32 for assignments sorted by expert, over weights and
+/// biases in f32 or bf16. shape = (tokens, assignments, experts, d, hidden); weights = addresses of up, down and
+/// their biases (0: none); keep (0: none) takes what is before the activation.
+#[pyfunction]
+pub fn experts(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize, usize),
+    x: usize,
+    token: usize,
+    scale: usize,
+    counts: usize,
+    weights: [usize; 4],
+    bfloat16: bool,
+    activation: &str,
+    scale_input: bool,
+    keep: usize,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (tokens, rows, count, d, hidden) = shape;
+    let activation = match activation {
+        "swiglu" => Activation::Swiglu,
+        "clamped_swiglu" => Activation::ClampedSwiglu,
+        _ => return Err(PyValueError::new_err(format!("experts: unknown activation {activation:?}"))),
+    };
+    // SAFETY: as in `linear`.
+    let counts = unsafe { slice::<i64>(counts, count) };
+    // SAFETY: as in `linear`.
+    let token = unsafe { slice::<i64>(token, rows) };
+    let total = counts.iter().try_fold(0i64, |sum, c| if *c < 0 { None } else { sum.checked_add(*c) });
+    if d == 0 || hidden == 0 || total.is_none_or(|t| t > rows as i64) {
+        return Err(PyValueError::new_err(format!(
+            "experts: the counts must be at least 0 and sum to at most the {rows} assignments"
+        )));
     }
+    if let Some(bad) = token.iter().find(|t| !(0..tokens as i64).contains(t)) {
+        return Err(PyValueError::new_err(format!("experts: token {bad} of {tokens} does not exist")));
+    }
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        // SAFETY: as in `linear`.
+        unsafe {
+            let (x, out) = (slice(x, tokens * d), slice_mut(out, tokens * d));
+            let scale = slice(scale, rows);
+            let keep = (keep != 0).then(|| slice_mut(keep, rows * 2 * hidden));
+            if bfloat16 {
+                let layer = layer::<u16>(count, d, hidden, weights, activation, scale_input);
+                archzoo_decode::experts(threads, &layer, x, token, scale, counts, keep, out);
+            } else {
+                let layer = layer::<f32>(count, d, hidden, weights, activation, scale_input);
+                archzoo_decode::experts(threads, &layer, x, token, scale, counts, keep, out);
+            }
+        }
+    });
+    Ok(())
 }
 
 /// # Safety
 /// As `linear`.
-unsafe fn linear_bf16(threads: Threads<'_>, x: usize, rows: usize, k: usize, parts: &[Part]) {
+unsafe fn layer<'a, T>(
+    count: usize,
+    d: usize,
+    hidden: usize,
+    [up, down, up_bias, down_bias]: [usize; 4],
+    activation: Activation,
+    scale_input: bool,
+) -> Experts<'a, T> {
     // SAFETY: promised by the caller.
     unsafe {
-        let widen =
-            |at: usize, len: usize| -> Vec<f32> { slice::<u16>(at, len).iter().map(|v| v.widen()).collect() };
-        let x = widen(x, rows * k);
-        let biases: Vec<Option<Vec<f32>>> =
-            parts.iter().map(|p| (p.2 != 0).then(|| widen(p.2, p.1))).collect();
-        let matrices: Vec<Matrix<'_>> = parts
-            .iter()
-            .zip(&biases)
-            .map(|(p, bias)| Matrix { weights: Weights::Bf16(slice(p.0, p.1 * k)), bias: bias.as_deref() })
-            .collect();
-        let mut sums: Vec<Vec<f32>> = parts.iter().map(|p| vec![0.0; rows * p.1]).collect();
-        let mut views: Vec<&mut [f32]> = sums.iter_mut().map(|s| &mut s[..]).collect();
-        archzoo_decode::linear(threads, &x, rows, k, &matrices, &mut views);
-        for (part, sums) in parts.iter().zip(&sums) {
-            for (to, from) in slice_mut::<u16>(part.3, sums.len()).iter_mut().zip(sums) {
-                *to = narrow(*from);
-            }
+        Experts {
+            d,
+            hidden,
+            up: slice(up, count * 2 * hidden * d),
+            down: slice(down, count * d * hidden),
+            up_bias: (up_bias != 0).then(|| slice(up_bias, count * 2 * hidden)),
+            down_bias: (down_bias != 0).then(|| slice(down_bias, count * d)),
+            activation,
+            scale_input,
         }
     }
 }

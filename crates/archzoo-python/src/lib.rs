@@ -14,7 +14,9 @@ mod _rust {
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
-    use super::decode::{attention, conv, conv_step, gated_rms_norm, linear, rms_norm, ssd_decay, ssd_step};
+    use super::decode::{
+        attention, conv, conv_step, experts, gated_rms_norm, linear, rms_norm, ssd_decay, ssd_step,
+    };
     #[pymodule_export]
     use super::gate::gate;
 
@@ -22,6 +24,12 @@ mod _rust {
     #[pyfunction]
     fn instruction_set() -> &'static str {
         archzoo_simd::InstructionSet::current().name()
+    }
+
+    /// Whether this CPU multiplies bfloat16 itself.
+    #[pyfunction]
+    fn has_bfloat16() -> bool {
+        archzoo_simd::has_bfloat16()
     }
 
     #[pymodule_init]

@@ -63,3 +63,11 @@ impl InstructionSet {
         })
     }
 }
+
+/// Whether this CPU multiplies bfloat16 itself.
+pub fn has_bfloat16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    true // not known; torch's own product is not bad elsewhere
+}

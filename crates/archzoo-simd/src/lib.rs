@@ -3,7 +3,7 @@
 mod instruction_set;
 pub mod math;
 
-pub use instruction_set::InstructionSet;
+pub use instruction_set::{InstructionSet, has_bfloat16};
 
 /// Defines `fn name(set, args...)`: one body, compiled for every instruction set, run on the one given.
 ///

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.ops.backend import choose
+from archzoo import _rust
+from archzoo.ops.backend import addressable, choose
 
 Activation = Literal["swiglu", "clamped_swiglu", "gelu"]
 GATED = ("swiglu", "clamped_swiglu")  # their first product makes gate and up, the others' only one
@@ -75,6 +77,14 @@ def routed(
 
     Rows behind the last count belong to no expert.
     """
+    extras = activation, up_bias, down_bias, scale_input
+    if _rust_takes(x, scale, token, counts, up, down, *extras):
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, up, down))
+        if not grad:
+            return _rust_routed(x, token, scale, counts, up, down, *extras)[0]
+        if activation == "swiglu" and up_bias is None and down_bias is None and not scale_input:
+            out: Tensor = _Routed.apply(x, scale, up, down, token, counts)
+            return out
     product = _grouped_product if _aligned(x, up, down) else _looped_product
     count = int(counts.sum()) if token.shape[0] else 0
     token, scale = token[:count], scale[:count, None].to(x.dtype)
@@ -91,6 +101,148 @@ def routed(
     if not scale_input:
         h = h * scale
     return torch.zeros_like(x).index_add(0, token, h)
+
+
+# --- CPU -------------------------------------------------------------------------------------------
+# One pass over the assignments in Rust: nothing of the size [assignments, d] is written, only experts
+# with rows are read, bf16 weights are multiplied in fp32.
+
+
+def _rust_takes(
+    x: Tensor,
+    scale: Tensor,
+    token: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    scale_input: bool,
+) -> bool:
+    if x.device.type != "cpu" or choose(x) != "cpu" or activation not in GATED:
+        return False
+    tensors = x, scale, token, counts, up, down, up_bias, down_bias
+    if not addressable(*tensors) or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16) or token.dtype != torch.int64 != counts.dtype:
+        return False
+    weights = [t for t in (up, down, up_bias, down_bias) if t is not None]
+    if any(t.dtype != x.dtype or not t.is_contiguous() for t in weights) or x.numel() == 0:
+        return False
+    e, rows, d = up.shape
+    hidden = rows // 2
+    shapes = [x.shape[1:] == (d,), down.shape == (e, d, hidden), counts.shape == (e,), rows == 2 * hidden]
+    shapes += [up_bias is None or up_bias.shape == (e, rows), down_bias is None or down_bias.shape == (e, d)]
+    return all(shapes)  # torch says what is wrong
+
+
+def _rust_routed(
+    x: Tensor,
+    token: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation = "swiglu",
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    scale_input: bool = False,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The output, and [assignments, 2I] from before the activation (empty unless asked for)."""
+    rows, scale, token, counts = (
+        x.float().contiguous(),
+        scale.float(),
+        token.contiguous(),
+        counts.contiguous(),
+    )
+    e, width, d = up.shape
+    out, kept = torch.zeros_like(rows), rows.new_empty((token.shape[0], width) if keep else (0,))
+    _rust.experts(
+        (x.shape[0], token.shape[0], e, d, width // 2),
+        rows.data_ptr(),
+        token.data_ptr(),
+        scale.contiguous().data_ptr(),
+        counts.data_ptr(),
+        (
+            up.data_ptr(),
+            down.data_ptr(),
+            0 if up_bias is None else up_bias.data_ptr(),
+            0 if down_bias is None else down_bias.data_ptr(),
+        ),
+        x.dtype == torch.bfloat16,
+        activation,
+        scale_input,
+        kept.data_ptr() if keep and kept.numel() else 0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(x.dtype), kept
+
+
+def _lazy_zeros(like: Tensor) -> Tensor:
+    """Zeros whose pages do not exist until they are written: most experts may get no gradient."""
+    storage = {2: np.uint16, 4: np.float32}[like.element_size()]
+    return torch.from_numpy(np.zeros(tuple(like.shape), storage)).view(like.dtype)
+
+
+class _Routed(torch.autograd.Function):
+    """`routed` for SwiGLU without biases; the backward pass goes expert by expert, in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, scale, up, down, token, counts):  # type: ignore[no-untyped-def]
+        out, h = _rust_routed(x, token, scale, counts, up, down, keep=True)
+        ctx.save_for_backward(x, scale, up, down, token, counts, h)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        x, scale, up, down, token, counts, h = ctx.saved_tensors
+        need_x, need_scale, need_up, need_down = ctx.needs_input_grad[:4]
+        x32, dout, scale32 = x.float(), dout.float().contiguous(), scale.float()
+        dx = torch.zeros_like(x32) if need_x else None
+        dscale = torch.zeros_like(scale32) if need_scale else None
+        dup = _lazy_zeros(up) if need_up else None
+        ddown = _lazy_zeros(down) if need_down else None
+        start = 0
+        for e, count in enumerate(counts.tolist()):
+            if not count:
+                continue
+            rows = slice(start, start := start + count)
+            at, s = token[rows], scale32[rows, None]
+            d_out = dout[at]
+            gate, up_rows = h[rows].chunk(2, -1)
+            sig = torch.sigmoid(gate)
+            silu = gate * sig
+            act = silu * up_rows
+            d_act = d_out @ down[e].float()
+            if dscale is not None:
+                dscale[rows] = torch.linalg.vecdot(d_act, act)
+            if ddown is not None:
+                _into(ddown[e], d_out.mul_(s).t(), act)
+            d_act *= s
+            d_h = torch.empty_like(h[rows])
+            slope = sig.addcmul_(silu, 1 - sig)  # of silu: sig + silu (1 - sig)
+            torch.mul(d_act, slope, out=d_h[:, : gate.shape[1]]).mul_(up_rows)
+            torch.mul(d_act, silu, out=d_h[:, gate.shape[1] :])
+            if dup is not None:
+                _into(dup[e], d_h.t(), x32[at])
+            if dx is not None:
+                dx.index_add_(0, at, d_h @ up[e].float())
+        dx = None if dx is None else dx.to(x.dtype)
+        return dx, None if dscale is None else dscale.to(scale.dtype), dup, ddown, None, None
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, whatever the dtype of out."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+# --- GPU, and what Rust does not take ------------------------------------------------------------------
 
 
 def _aligned(x: Tensor, up: Tensor, down: Tensor) -> bool:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from archzoo import _rust
 from archzoo.ops.backend import addressable, choose
 
-FEW_ROWS = 8  # more rows reuse the weights, which a blocked product does better
+FEW_ROWS = 16  # more rows are served as well by torch's packed product
+SLOW_BFLOAT16 = not _rust.has_bfloat16()  # torch's product is then many times slower than one in fp32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,8 +29,9 @@ def linears(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor
 
 
 def few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether Rust's product of a few rows applies: CPU, fp32 or bf16, no gradient, not under compile."""
-    if x.numel() > FEW_ROWS * weight.shape[1] or x.numel() == 0 or not addressable(x, weight, bias):
+    """Whether Rust's product applies: no gradient; few rows, or bf16 that the CPU cannot multiply."""
+    many = x.numel() > FEW_ROWS * weight.shape[1] and not (SLOW_BFLOAT16 and x.dtype == torch.bfloat16)
+    if many or x.numel() == 0 or not addressable(x, weight, bias):
         return False
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False
