@@ -216,7 +216,7 @@ def test_visible_pairs_is_the_size_of_the_mask(new: int, total: int, window: int
 
 def test_block_head_by_head() -> None:
     """Projections, biases, QK-norm before RoPE, scale and grouping, spelled out."""
-    config = AttentionConfig(heads=4, kv_heads=2, head_dim=16, qkv_bias=True, o_bias=True, qk_norm=True)
+    config = AttentionConfig(heads=4, kv_heads=2, head_dim=16, qkv_bias=True, o_bias=True, qk_norm="head")
     mixer, x = build(config), torch.randn(2, 7, 64, dtype=torch.float64)
     cos, sin = config.rope.table(torch.arange(7), 16, x.dtype)
 

@@ -81,7 +81,7 @@ def test_config_that_the_layout_cannot_hold_is_written_natively(tmp_path: Path) 
         "layers.override=[{indices=[1], ffn={kind='geglu', hidden=96}}]",
         "layers.override=[{indices=[1], mixer={rope={theta=7.0}}}]",
         "layers.default.mixer.qkv_bias=true",
-        "layers.default.mixer.qk_norm=true",
+        "layers.default.mixer.qk_norm=head",
     ],
 )
 def test_no_layout_drops_a_setting(change: str) -> None:
