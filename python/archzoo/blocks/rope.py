@@ -25,7 +25,7 @@ class RopeConfig(BaseModel):
     original_max_positions: PositiveInt | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
+    mscale: float = 0.0
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True

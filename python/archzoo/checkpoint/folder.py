@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.checkpoint.families import families
-from archzoo.checkpoint.keymap import Family
+from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.shards import Reader, atomic_folder, write_shards
 from archzoo.configuration import ModelConfig
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
+from archzoo.ops.fp8 import BLOCK, dequantize_blocks
 
+SCALES = "_scale_inv"  # behind the name of an 8-bit weight
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
 
@@ -80,19 +82,18 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]:
-    """File tensor name -> region of the model, once everything fits: names both ways and all shapes."""
-    wanted: dict[str, Tensor] = {}
-    for name, tensor in _tensors(model).items():
-        wanted.update(family.regions(name, tensor))
+def match(model: nn.Module, reader: Reader, family: Family) -> list[Region]:
+    """The regions of the model, once everything in the file fits them: names both ways and all shapes."""
+    regions = [r for name, tensor in _tensors(model).items() for r in family.regions(name, tensor)]
+    wanted = {region.name for region in regions}
     stored = set(reader.keys())
-    tied = getattr(model, "lm_head", None) is None
-    extra = [
-        k
-        for k in sorted(stored - set(wanted))
-        if not family.drops(k) and not (tied and k == "lm_head.weight")
-    ]
-    missing = sorted(set(wanted) - stored)
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    spare = family.ignored(stored, config.layers.count)
+    if config.tie_embeddings:
+        spare.add("lm_head.weight")
+    spare |= {name + SCALES for name in wanted if _is_fp8(reader, name, stored)}
+    extra = sorted(stored - wanted - spare)
+    missing = sorted(wanted - stored)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -102,23 +103,41 @@ def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]
         _, _, file = reader.info(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
-    for name, region in wanted.items():
+    for name, _, expected in regions:
         dtype, shape, file = reader.info(name)
-        if dtype not in USABLE:
+        if dtype not in USABLE and not _is_fp8(reader, name, stored):
             known = ", ".join(str(d).removeprefix("torch.") for d in USABLE)
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {dtype}, expected one of {known}")
-        if shape != tuple(region.shape):
+        if shape != expected:
             raise CheckpointError(
-                f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(region.shape)}"
+                f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(expected)}"
             )
-    return wanted
+        if dtype == torch.float8_e4m3fn:
+            _, scales, file = reader.info(name + SCALES)
+            blocks = tuple(-(-n // BLOCK) for n in shape)
+            if scales != blocks:
+                raise CheckpointError(
+                    f"{file}: tensor '{name}{SCALES}' has shape {list(scales)}, "
+                    f"blocks of {BLOCK} ask for {list(blocks)}"
+                )
+    return regions
+
+
+def _is_fp8(reader: Reader, name: str, stored: set[str]) -> bool:
+    """Whether a matrix is stored in 8 bits with a scale per block beside it (DeepSeek-V3, 2412.19437)."""
+    if name not in stored or name + SCALES not in stored:
+        return False
+    dtype, shape, _ = reader.info(name)
+    return dtype == torch.float8_e4m3fn and len(shape) == 2
 
 
 def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
     """Give every parameter of a `meta` model the dtype that is stored for it."""
     match(model, reader, family)
     for name, tensor in _tensors(model).items():
-        stored = {reader.info(key)[0] for key, _ in family.regions(name, tensor)}
+        stored = {reader.info(region.name)[0] for region in family.regions(name, tensor)}
+        if torch.float8_e4m3fn in stored:
+            stored = {torch.bfloat16}  # what the 8-bit weights stand for
         if len(stored) == 1:
             tensor.data = tensor.data.to(stored.pop())
 
@@ -127,12 +146,19 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
     """Fill the model; checks everything first."""
     direct: dict[str, Tensor] = {}
-    for name, region in match(model, reader, family).items():
+    for name, view, shape in match(model, reader, family):
         dtype, _, _ = reader.info(name)
-        if region.dtype == dtype and region.device.type == "cpu" and region.is_contiguous():
-            direct[name] = region
+        if dtype == torch.float8_e4m3fn:
+            view.copy_(dequantize_blocks(reader.read(name), reader.read(name + SCALES)))
+        elif (
+            view.dtype == dtype
+            and view.device.type == "cpu"
+            and view.shape == shape
+            and view.is_contiguous()
+        ):
+            direct[name] = view
         else:
-            region.copy_(reader.read(name))
+            view.copy_(reader.read(name).view(view.shape))
     reader.read_into(direct)
 
 
@@ -147,7 +173,7 @@ def write_model(
     family = _family_for(config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _tensors(model).items():
-        tensors.update(family.regions(name, tensor.detach()))
+        tensors |= {r.name: r.view.reshape(r.shape) for r in family.regions(name, tensor.detach())}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     contents = family.write(config)
     with atomic_folder(folder) as tmp:
