@@ -196,18 +196,42 @@ def _family_for(config: ModelConfig) -> Family:
     family = known.get(config.family)
     if family is None:
         raise ConfigError(f"family '{config.family}': expected one of {', '.join(sorted(known))}")
+    if (field := _misfit(family, config)) is None:
+        return family
+    warnings.warn(
+        f"the '{family.name}' layout cannot hold this config ({field}); "
+        "writing the zoo's own layout instead",
+        stacklevel=4,
+    )
+    return known["archzoo"]
+
+
+def _misfit(family: Family, config: ModelConfig) -> str | None:
+    """What of the config the family's files would not give back; None when they hold all of it."""
     try:
         again = ModelConfig.from_dict(json.loads(json.dumps(family.read(family.write(config)))))
-        fits = again.specs == config.specs and _outer(again) == _outer(config)
-    except (AssertionError, StopIteration, ArchzooError):
-        fits = False
-    if not fits:
-        warnings.warn(
-            f"the '{family.name}' layout cannot hold this config; writing the zoo's own layout instead",
-            stacklevel=4,
-        )
-        return known["archzoo"]
-    return family
+    except (AssertionError, StopIteration):
+        return "its blocks"
+    except ArchzooError as error:
+        return str(error)
+    if (field := _difference(_outer(config), _outer(again))) is not None:
+        return field
+    for i, (old, new) in enumerate(zip(config.specs, again.specs, strict=True)):
+        if (field := _difference(old.model_dump(), new.model_dump())) is not None:
+            return f"layer {i}: {field}"
+    return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The dotted key of the first difference, and the old value."""
+    for key, value in old.items():
+        other = new.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if (field := _difference(value, other)) is not None:
+                return f"{key}.{field}"
+        elif value != other:
+            return f"{key} = {value!r}"
+    return None
 
 
 def _outer(config: ModelConfig) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +27,7 @@ class Temperature(BaseModel):
 
 
 class AttentionConfig(MixerConfig):
-    """heads query heads and kv_heads key/value heads of head_dim; rope=None is NoPE.
+    """heads query heads and kv_heads key/value heads of head_dim; rope None (false in TOML) is NoPE.
 
     `window` w: a token sees itself and the w - 1 before it; `chunk` c: a token sees those before it in its
     own block of c positions (Llama 4). `qk_norm`: RMSNorm of q and k over each head (Qwen3) or over the
@@ -41,7 +41,7 @@ class AttentionConfig(MixerConfig):
     heads: PositiveInt
     kv_heads: PositiveInt
     head_dim: PositiveInt
-    rope: RopeConfig | None = RopeConfig()
+    rope: Annotated[RopeConfig | None, BeforeValidator(lambda v: None if v is False else v)] = RopeConfig()
     rotary_dim: PositiveInt | None = None
     qkv_bias: bool = False
     o_bias: bool = False
