@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import archzoo
+from archzoo import CheckpointError, ConfigError
+from archzoo.checkpoint.families import families
+from archzoo.ops.fp8 import dequantize_blocks, quantize_blocks
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,7 +184,6 @@ def assert_same_tensors(a: Path, b: Path) -> None:
         assert torch.equal(tensor, right[name]), name
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> None:
     hf, ids = build(name), tokens(2, 21, vocab=96)
@@ -206,3 +208,365 @@ def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> 
     with torch.inference_mode():
         assert_close(again.eval()(ids).logits, expected, 1e-5)
     assert archzoo.load(ours).config.specs == model.config.specs
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """saved(name) -> (transformers' model, its folder), written once."""
+    root, done = tmp_path_factory.mktemp("saved"), {}
+
+    def get(name: str) -> tuple[Any, Path]:
+        if name not in done:
+            done[name] = build(name)
+            done[name].save_pretrained(root / name)
+        return done[name], root / name
+
+    return get
+
+
+# --- routers and experts ---------------------------------------------------------------------------
+
+ROUTERS = {
+    "v2-lite": "mlp.gate",
+    "v2-groups": "mlp.gate",
+    "v3": "mlp.gate",
+    "v3-halves": "mlp.gate",
+    "kimi": "mlp.gate",
+    "mixtral": "mlp.gate",
+    "qwen2": "mlp.gate",
+    "qwen2-renormalised": "mlp.gate",
+    "qwen3": "mlp.gate",
+    "olmoe": "mlp.gate",
+    "granite": "block_sparse_moe.router",
+    "gpt-oss": "mlp.router",
+    "minimax": "mlp.gate",
+    "llama4": "feed_forward.router",
+}
+
+
+@pytest.mark.parametrize(("name", "path"), ROUTERS.items())
+def test_routers_choose_the_same_experts(name: str, path: str, saved: Any) -> None:
+    hf, folder = saved(name)
+    layer, ours = hf.model.layers[-1], archzoo.load(folder).layers[-1].ffn
+    x = torch.randn(500, 64)
+    with torch.inference_mode():
+        bias = (layer.mlp.e_score_correction_bias,) if name == "minimax" else ()
+        out = layer.get_submodule(path)(x, *bias)
+        if name == "llama4":  # scores of all experts, 0 where not chosen
+            theirs, their_ids = out[0].topk(1)
+        else:
+            _, theirs, their_ids = out
+        weights, ids = ours.route(x)
+    count = ours.config.experts
+    assert torch.equal(ids.sort(1).values, their_ids.sort(1).values)
+    zero = torch.zeros(500, count)
+    assert_close(zero.scatter(1, ids, weights), zero.scatter(1, their_ids, theirs), 1e-6)
+    if ours.config.renormalize:
+        assert_close(weights.sum(1), torch.full((500,), ours.config.scale), 1e-6)
+    assert len(ids.unique()) == count
+
+
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["v3", "mixtral", "gpt-oss"])
+def test_logits_equal_every_expert_backend(name: str, backend: str, saved: Any, tokens: Any) -> None:
+    _, folder = saved(name)
+    kind = f"{CASES[name][0]}ForCausalLM"
+    hf = getattr(transformers, kind).from_pretrained(
+        folder, attn_implementation="eager", experts_implementation=backend
+    )
+    ids = tokens(2, 12, vocab=96)
+    with torch.inference_mode():
+        assert_close(archzoo.load(folder)(ids).logits, hf.eval()(ids).logits, 1e-5)
+
+
+def test_selection_bias_has_no_gradient_and_the_router_has(saved: Any, tokens: Any) -> None:
+    model, ids = archzoo.load(saved("v3")[1]).train(), tokens(2, 12, vocab=96)
+    model(ids, labels=ids).loss.backward()
+    moe = model.layers[1].ffn
+    assert not moe.selection_bias.requires_grad
+    assert moe.selection_bias.dtype == torch.float32
+    assert moe.router.weight.grad.abs().max() > 0
+
+
+def test_gpt_oss_stores_gate_and_up_in_turns(saved: Any) -> None:
+    _, folder = saved("gpt-oss")
+    stored, experts = tensors_of(folder), archzoo.load(folder).layers[0].ffn.experts
+    prefix = "model.layers.0.mlp.experts."
+    gate, up = experts.gate_up.chunk(2, 1)
+    assert torch.equal(stored[prefix + "gate_up_proj"][..., ::2], gate.transpose(1, 2))
+    assert torch.equal(stored[prefix + "gate_up_proj"][..., 1::2], up.transpose(1, 2))
+    gate, up = experts.gate_up_bias.chunk(2, 1)
+    assert torch.equal(stored[prefix + "gate_up_proj_bias"][..., ::2], gate)
+    assert torch.equal(stored[prefix + "gate_up_proj_bias"][..., 1::2], up)
+    assert torch.equal(stored[prefix + "down_proj"], experts.down.transpose(1, 2))
+
+
+# --- folders that are not as transformers writes them ----------------------------------------------
+
+
+def copy(source: Path, target: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
+    """A folder with other tensors, and other keys in config.json (... removes one)."""
+    archzoo.checkpoint.save(tensors, target)
+    data = {**json.loads((source / "config.json").read_text()), **settings}
+    (target / "config.json").write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+    return target
+
+
+def test_prediction_modules_are_left_out(saved: Any, tmp_path: Path, tokens: Any) -> None:
+    _, source = saved("v3")
+    tensors, ids = tensors_of(source), tokens(1, 9, vocab=96)
+    extra = {k.replace("layers.1.", "layers.2."): v for k, v in tensors.items() if "layers.1." in k}
+    names = ("enorm.weight", "hnorm.weight", "embed_tokens.weight", "shared_head.head.weight")
+    extra |= {f"model.layers.2.{name}": torch.zeros(3) for name in names}
+    head = {"model.layers.2.eh_proj.weight": torch.zeros(64, 128)}
+    path = copy(source, tmp_path / "mtp", {**tensors, **extra, **head}, num_nextn_predict_layers=1)
+    with torch.inference_mode():
+        assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.2\..* has no place in the model"):
+        archzoo.load(copy(source, tmp_path / "layers", {**tensors, **extra}))
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\..* has no place in the model"):
+        archzoo.load(copy(source, tmp_path / "fewer", {**tensors, **extra, **head}, num_hidden_layers=1))
+
+
+def test_kimi_model_type(saved: Any, tmp_path: Path, tokens: Any) -> None:
+    _, source = saved("kimi")
+    path, ids = copy(source, tmp_path / "k2", tensors_of(source), model_type="kimi_k2"), tokens(1, 9, vocab=96)
+    with torch.inference_mode():
+        assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
+
+
+HUB: dict[str, dict[str, Any]] = {
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "initializer_range": 0.02,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "pad_token_id": 199999,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    },
+    "minimax-m2": {
+        "model_type": "minimax_m2",
+        "bos_token_id": 200034,
+        "eos_token_id": 200020,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 196608,
+        "num_attention_heads": 48,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 62,
+        "num_key_value_heads": 8,
+        "num_local_experts": 256,
+        "qk_norm_type": "per_layer",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 5000000,
+        "rotary_dim": 64,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "tie_word_embeddings": False,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "vocab_size": 200064,
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_published_config_is_the_registered_model(name: str) -> None:
+    expected = archzoo.config(name)
+    family = families()[expected.family]
+    assert family.claims({"config.json": HUB[name]})
+    found = archzoo.ModelConfig.from_dict(family.read({"config.json": HUB[name]}))
+    assert found.specs == expected.specs
+    other = {"name", "family", "layers", "source"}
+    assert found.model_dump(exclude=other) == expected.model_dump(exclude=other)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention_bias = True": ("v2-lite", {"attention_bias": True}),
+    "norm_topk_prob = True": ("v2-lite", {"norm_topk_prob": True}),
+    "topk_method = 'noaux_tc'": ("v2-lite", {"topk_method": "noaux_tc"}),
+    "moe_layer_freq = 2": ("v3", {"moe_layer_freq": 2}),
+    "scoring_func = 'softmax'": ("v3", {"scoring_func": "softmax"}),
+    "quant_method = 'mxfp4'": ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}),
+    r"weight_block_size = \[64, 64\]": (
+        "v3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+    ),
+    "swiglu_limit = 9.0": ("gpt-oss", {"swiglu_limit": 9.0}),
+    "use_sliding_window = True": ("qwen3", {"use_sliding_window": True}),
+    "head_dim = 24": ("olmoe", {"head_dim": 24}),
+    "use_routing_bias = False": ("minimax", {"use_routing_bias": False}),
+    "hidden_act 'gelu'": ("mixtral", {"hidden_act": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_settings_that_no_block_has_are_refused(message: str, saved: Any, tmp_path: Path) -> None:
+    name, settings = REFUSED[message]
+    _, source = saved(name)
+    path = copy(source, tmp_path / "other", tensors_of(source), **settings)
+    with pytest.raises((CheckpointError, ConfigError), match=rf"config\.json: {message}.* not supported, exp"):
+        archzoo.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field"),
+    [
+        ("deepseek-v2", "layers.default.ffn.renormalize=true", "norm_topk_prob"),
+        ("deepseek-v3", "layers.default.ffn.selection_bias=false", "layer 3: ffn.selection_bias"),
+        ("deepseek-v3", "layers.default.mixer.latent_norm_eps=1e-5", "layer 0: mixer.latent_norm_eps"),
+        ("mixtral-8x7b", "layers.default.ffn.renormalize=false", "layer 0: ffn.renormalize"),
+        ("mixtral-8x7b", "layers.default.mixer.sinks=true", "layer 0: mixer.sinks"),
+        ("qwen3-30b-a3b", "layers.default.mixer.qk_norm=full", "layer 0: mixer.qk_norm"),
+        ("olmoe-1b-7b", "layers.default.mixer.head_dim=64", "head_dim"),
+        ("gpt-oss-20b", "layers.default.ffn.activation=swiglu", "layer 0: ffn.activation"),
+        ("gpt-oss-20b", "embed_scale=2.0", "embed_scale = 2.0"),
+        ("granite-3.0-1b-a400m", "layers.override=[{indices=[1], residual={scale=1.0}}]", "layer 1: residual"),
+        ("llama-4-scout", "layers.default.mixer.chunk=64", None),
+        ("minimax-m2", "layers.default.mixer.rotary_dim=32", None),
+    ],
+)
+def test_a_layout_says_what_it_cannot_hold(name: str, change: str, field: str | None) -> None:
+    from archzoo.checkpoint.folder import _misfit
+
+    config = archzoo.config(name).override(change)
+    found = _misfit(families()[config.family], config)
+    assert found is None if field is None else field in found
+
+
+# --- 8 bits ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A DeepSeek-V3 folder in 8 bits, sizes that are no multiple of 128, and what its tensors stand for."""
+    config = archzoo.config("deepseek-v3").tiny().override("hidden_size=160", "init_std=0.1")
+    root = tmp_path_factory.mktemp("eight")
+    archzoo.save(archzoo.build(config, seed=4), root / "plain")
+    small, meant = {}, {}
+    for name, tensor in tensors_of(root / "plain").items():
+        linear = tensor.dim() == 2 and not any(n in name for n in ("embed", "lm_head", "mlp.gate."))
+        if linear:
+            small[name], small[name + "_scale_inv"] = quantize_blocks(tensor)
+            meant[name] = dequantize_blocks(small[name], small[name + "_scale_inv"])
+        else:
+            small[name] = meant[name] = tensor if "e_score" in name else tensor.bfloat16()
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return copy(root / "plain", root / "small", small, quantization_config=quantization), meant
+
+
+def test_eight_bit_folder_stands_for_weight_times_scale(
+    eight: tuple[Path, dict[str, Tensor]], tmp_path: Path, tokens: Any
+) -> None:
+    folder, meant = eight
+    shapes = {tuple(t.shape) for n, t in tensors_of(folder).items() if n.endswith("_scale_inv")}
+    assert {(1, 2), (2, 1)} <= shapes
+    wide = archzoo.load(folder, dtype=torch.float32)
+    archzoo.save(wide, tmp_path / "wide")
+    found = tensors_of(tmp_path / "wide")
+    assert sorted(found) == sorted(meant)
+    for name, tensor in meant.items():
+        assert torch.equal(found[name], tensor.float()), name
+    narrow, ids = archzoo.load(folder), tokens(1, 9)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    assert narrow.layers[1].ffn.selection_bias.dtype == torch.float32
+    for a, b in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())
+    with torch.inference_mode():
+        assert wide(ids).logits.isfinite().all()
+    assert "quantization_config" not in json.loads((tmp_path / "wide" / "config.json").read_text())
+
+
+def test_scales_of_another_block_size_are_refused(
+    eight: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = eight
+    tensors = tensors_of(folder)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name + "_scale_inv"] = torch.ones(3, 2)
+    message = rf"'{name}_scale_inv' has shape \[3, 2\], blocks of 128 ask for \[2, 1\]"
+    with pytest.raises(CheckpointError, match=message):
+        archzoo.load(copy(folder, tmp_path / "scales", tensors))
+    del tensors[name + "_scale_inv"]
+    with pytest.raises(CheckpointError, match=rf"'{name}' has dtype torch.float8_e4m3fn, expected one of"):
+        archzoo.load(copy(folder, tmp_path / "none", tensors))
