@@ -283,7 +283,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "model_type": (
         LLAMA,
         settings(model_type="gpt2"),
-        "model_type 'gpt2' is not supported; known families: archzoo, deepseek, deepseek_v2, deepseek_v3, gpt_oss,",
+        "model_type 'gpt2' is not supported; known families: archzoo, deepseek, deepseek_v2, ",
     ),
     "no model_type": (LLAMA, settings(model_type=...), "model_type 'None' is not supported"),
     "missing key": (

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models against transformers: logits, cached decode, folders both ways, routers, 8 bits."""
+"""Mixtures of experts against transformers: logits, cached decode, folders both ways, routers, 8 bits."""
 
 from __future__ import annotations
 
@@ -330,7 +330,10 @@ def test_prediction_modules_are_left_out(saved: Any, tmp_path: Path, tokens: Any
 
 def test_kimi_model_type(saved: Any, tmp_path: Path, tokens: Any) -> None:
     _, source = saved("kimi")
-    path, ids = copy(source, tmp_path / "k2", tensors_of(source), model_type="kimi_k2"), tokens(1, 9, vocab=96)
+    path, ids = (
+        copy(source, tmp_path / "k2", tensors_of(source), model_type="kimi_k2"),
+        tokens(1, 9, vocab=96),
+    )
     with torch.inference_mode():
         assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
 
@@ -485,7 +488,9 @@ def test_settings_that_no_block_has_are_refused(message: str, saved: Any, tmp_pa
     name, settings = REFUSED[message]
     _, source = saved(name)
     path = copy(source, tmp_path / "other", tensors_of(source), **settings)
-    with pytest.raises((CheckpointError, ConfigError), match=rf"config\.json: {message}.* not supported, exp"):
+    with pytest.raises(
+        (CheckpointError, ConfigError), match=rf"config\.json: {message}.* not supported, exp"
+    ):
         archzoo.load(path)
 
 
@@ -501,7 +506,11 @@ def test_settings_that_no_block_has_are_refused(message: str, saved: Any, tmp_pa
         ("olmoe-1b-7b", "layers.default.mixer.head_dim=64", "head_dim"),
         ("gpt-oss-20b", "layers.default.ffn.activation=swiglu", "layer 0: ffn.activation"),
         ("gpt-oss-20b", "embed_scale=2.0", "embed_scale = 2.0"),
-        ("granite-3.0-1b-a400m", "layers.override=[{indices=[1], residual={scale=1.0}}]", "layer 1: residual"),
+        (
+            "granite-3.0-1b-a400m",
+            "layers.override=[{indices=[1], residual={scale=1.0}}]",
+            "layer 1: residual",
+        ),
         ("llama-4-scout", "layers.default.mixer.chunk=64", None),
         ("minimax-m2", "layers.default.mixer.rotary_dim=32", None),
     ],

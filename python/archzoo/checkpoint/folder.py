@@ -151,10 +151,7 @@ def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
         if dtype == torch.float8_e4m3fn:
             view.copy_(dequantize_blocks(reader.read(name), reader.read(name + SCALES)))
         elif (
-            view.dtype == dtype
-            and view.device.type == "cpu"
-            and view.shape == shape
-            and view.is_contiguous()
+            view.dtype == dtype and view.device.type == "cpu" and view.shape == shape and view.is_contiguous()
         ):
             direct[name] = view
         else:
@@ -199,8 +196,7 @@ def _family_for(config: ModelConfig) -> Family:
     if (field := _misfit(family, config)) is None:
         return family
     warnings.warn(
-        f"the '{family.name}' layout cannot hold this config ({field}); "
-        "writing the zoo's own layout instead",
+        f"the '{family.name}' layout cannot hold this config ({field}); writing the zoo's own layout instead",
         stacklevel=4,
     )
     return known["archzoo"]

@@ -18,7 +18,7 @@ from archzoo.configuration import ModelConfig
 
 
 class Region(NamedTuple):
-    """One tensor of the file: a view of a native parameter in the file's element order, and its shape there."""
+    """One tensor of the file: a view of a native parameter in its element order, and its shape there."""
 
     name: str
     view: Tensor

@@ -13,7 +13,7 @@ FLOOR = 1e-4  # smallest amax: keeps the scale of a zero tile finite and inverti
 
 
 def dequantize_blocks(w: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
-    """w [R, C] in 8 bits times the scale of its block, scale [ceil(R/block), ceil(C/block)] -> fp32 [R, C]."""
+    """w [R, C] in 8 bits times its block's scale [ceil(R/block), ceil(C/block)] -> fp32 [R, C]."""
     rows, columns = w.shape
     wide = scale.float().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
     return w.float() * wide
@@ -30,7 +30,7 @@ def quantize_blocks(w: Tensor, block: int = BLOCK, power_of_two: bool = False) -
 
 
 def quantize_tiles(x: Tensor, block: int = BLOCK, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """x [..., C] -> 8 bits [..., C] and fp32 scales [..., ceil(C/block)], one per `block` channels of a row."""
+    """x [..., C] -> 8 bits [..., C] and fp32 scales [..., ceil(C/block)], one per `block` channels."""
     columns = x.shape[-1]
     tiles = F.pad(x.float(), (0, -columns % block)).unflatten(-1, (-1, block))
     scale = _scale(tiles.abs().amax(-1), power_of_two)

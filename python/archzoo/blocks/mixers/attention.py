@@ -59,7 +59,9 @@ class AttentionConfig(MixerConfig):
             f"attention: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})",
         )
         turned = self.rotary_dim or self.head_dim
-        require(turned <= self.head_dim, f"attention: rotary_dim ({turned}) exceeds head_dim ({self.head_dim})")
+        require(
+            turned <= self.head_dim, f"attention: rotary_dim ({turned}) exceeds head_dim ({self.head_dim})"
+        )
         require(
             self.rope is None or turned % 2 == 0,
             f"attention: RoPE needs an even {'rotary' if self.rotary_dim else 'head'}_dim, found {turned}",

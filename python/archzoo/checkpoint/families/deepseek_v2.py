@@ -6,7 +6,15 @@ from typing import Any
 
 from archzoo.blocks.mixers.mla import MLAConfig
 from archzoo.checkpoint.families.deepseek import EXPERTS, read_moe, write_moe
-from archzoo.checkpoint.families.llama import MLP, OUTER, expect, read_outer, read_rope, write_outer, write_rope
+from archzoo.checkpoint.families.llama import (
+    MLP,
+    OUTER,
+    expect,
+    read_outer,
+    read_rope,
+    write_outer,
+    write_rope,
+)
 from archzoo.checkpoint.families.moe import first_moe
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig

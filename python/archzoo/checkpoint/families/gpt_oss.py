@@ -78,7 +78,10 @@ FAMILY = Family(
         Rule("layers.{i}.ffn.router.weight", f"{_BLOCK}.router.weight"),
         Rule("layers.{i}.ffn.router.bias", f"{_BLOCK}.router.bias"),
         Rule(
-            "layers.{i}.ffn.experts.gate_up", f"{_BLOCK}.experts.gate_up_proj", transpose=True, interleave=True
+            "layers.{i}.ffn.experts.gate_up",
+            f"{_BLOCK}.experts.gate_up_proj",
+            transpose=True,
+            interleave=True,
         ),
         Rule("layers.{i}.ffn.experts.gate_up_bias", f"{_BLOCK}.experts.gate_up_proj_bias", interleave=True),
         Rule("layers.{i}.ffn.experts.down", f"{_BLOCK}.experts.down_proj", transpose=True),

@@ -1,4 +1,4 @@
-"""transformers' Llama 4 text layout (model_type "llama4_text"): blocks of local RoPE layers, NoPE in between."""
+"""transformers' Llama 4 text layout (model_type "llama4_text"): RoPE layers in chunks, NoPE in between."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _BLOCK = "model.layers.{i}.feed_forward"
 def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
     count = hf["num_hidden_layers"]
-    turned = hf.get("no_rope_layers") or [int((i + 1) % hf["no_rope_layer_interval"] != 0) for i in range(count)]
+    turned = hf.get("no_rope_layers") or [
+        int((i + 1) % hf["no_rope_layer_interval"] != 0) for i in range(count)
+    ]
     types = hf.get("layer_types") or ["chunked_attention" if r else "full_attention" for r in turned]
     step = hf.get("interleave_moe_layer_step", 1)
     sparse = hf.get("moe_layers")

@@ -11,7 +11,9 @@ from archzoo.checkpoint.keymap import Rule
 from archzoo.configuration import LayerSpec, ModelConfig
 
 
-def expert_rules(block: str = "mlp", names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> list[Rule]:
+def expert_rules(
+    block: str = "mlp", names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> list[Rule]:
     """Router and experts, one tensor per expert and projection; `names` of gate, up and down."""
     prefix = f"model.layers.{{i}}.{block}"
     gate, up, down = (f"{prefix}.experts.{{e}}.{name}.weight" for name in names)
