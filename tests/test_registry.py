@@ -233,6 +233,13 @@ def test_parameters_per_mixer(name: str, mixer: dict[str, int]) -> None:
     assert {s.mixer.kind: s.mixer.params(config.hidden_size) for s in config.specs} == mixer
 
 
+def test_cache_of_published_dense_models() -> None:
+    """The other rows of the table (2505.09343)."""
+    gqa = AttentionConfig(heads=64, kv_heads=8, head_dim=128)
+    assert 80 * gqa.cache_bytes(8192, 1, itemsize=2) == 327_680  # Qwen2.5-72B
+    assert 126 * gqa.cache_bytes(16384, 1, itemsize=2) == 516_096  # Llama-3.1-405B
+
+
 def test_deepseek_v3_attention_parameters() -> None:
     mla = MLAConfig(heads=128, kv_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)
     assert mla.params(7168) == 187_107_328

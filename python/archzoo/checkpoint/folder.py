@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from archzoo.configuration import ModelConfig
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 from archzoo.ops.fp8 import BLOCK, dequantize_blocks
 
+STAGE = 1 << 27  # elements read at once into memory of their own
 SCALES = "_scale_inv"  # behind the name of an 8-bit weight
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
@@ -146,17 +148,45 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
     """Fill the model; checks everything first."""
     direct: dict[str, Tensor] = {}
-    for name, view, shape in match(model, reader, family):
+    staged: list[Region] = []
+    for region in match(model, reader, family):
+        name, view, shape = region
         dtype, _, _ = reader.info(name)
-        if dtype == torch.float8_e4m3fn:
-            view.copy_(dequantize_blocks(reader.read(name), reader.read(name + SCALES)))
-        elif (
-            view.dtype == dtype and view.device.type == "cpu" and view.shape == shape and view.is_contiguous()
-        ):
+        plain = view.shape == shape and view.is_contiguous() and view.device.type == "cpu"
+        if plain and view.dtype == dtype:
             direct[name] = view
         else:
-            view.copy_(reader.read(name).view(view.shape))
+            staged.append(region)
     reader.read_into(direct)
+    for batch in _batches(staged):  # read together, in threads
+        _read_batch(reader, batch)
+
+
+def _batches(regions: list[Region]) -> Iterator[list[Region]]:
+    """Regions in groups of at most STAGE elements, or a single larger one."""
+    batch: list[Region] = []
+    size = 0
+    for region in regions:
+        if batch and size + region.view.numel() > STAGE:
+            yield batch
+            batch, size = [], 0
+        batch.append(region)
+        size += region.view.numel()
+    if batch:
+        yield batch
+
+
+def _read_batch(reader: Reader, batch: list[Region]) -> None:
+    """Read regions that are not the file's bytes: another dtype, order or device, or 8 bits with scales."""
+    names = [region.name for region in batch]
+    names += [n + SCALES for n in names if reader.info(n)[0] == torch.float8_e4m3fn]
+    raw = {n: torch.empty(shape, dtype=dtype) for n in names for dtype, shape, _ in [reader.info(n)]}
+    reader.read_into(raw)
+    for name, view, _ in batch:
+        data = raw[name]
+        if data.dtype == torch.float8_e4m3fn:
+            data = dequantize_blocks(data, raw[name + SCALES])
+        view.copy_(data.view(view.shape))
 
 
 def write_model(
