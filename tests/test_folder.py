@@ -213,7 +213,7 @@ def cut(path: Path) -> None:
 
 
 LLAMA, MAMBA, ZEBRA = "smollm2-135m", "mamba2-130m", "zebra-llama-1b"
-MOE, NATIVE = "deepseek-moe-16b", "step-3"
+MOE, NATIVE = "deepseek-moe-16b", "llama-130m-lns"
 NORM = "model.norm.weight"
 FAULTS: dict[str, tuple[str, Change, str]] = {
     "truncated shard": (LLAMA, shard(cut), r"model-00001-of-\d+\.safetensors: .*data"),

@@ -53,6 +53,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 5e5,
 }
+BIASED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "head_dim": 16,
+}
 QWEN = {"num_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 3}
 QWEN2 = {**QWEN, "shared_expert_intermediate_size": 40}
 GPT = {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 12, "sliding_window": 6}
@@ -141,6 +150,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama4-nope-first": ("Llama4", "llama4", {**LLAMA4, "no_rope_layers": [0, 1, 0, 1]}),
     "minimax": ("MiniMaxM2", "minimax_m2", {**MINIMAX, "rotary_dim": 8}),
+    "glm": ("Glm4Moe", "glm4_moe", {**BIASED, "attention_bias": True, "routed_scaling_factor": 2.5}),
+    "glm-normed-groups": (
+        "Glm4Moe",
+        "glm4_moe",
+        {**BIASED, "use_qk_norm": True, "partial_rotary_factor": 0.25, "n_group": 2, "topk_group": 1},
+    ),
+    "dots": (
+        "Dots1",
+        "dots1",
+        {**BIASED, "sliding_window": None, "attention_bias": True, "routed_scaling_factor": 2.5},
+    ),
     "minimax-whole": ("MiniMaxM2", "minimax_m2", {**MINIMAX, "rotary_dim": 16}),
 }
 
@@ -240,6 +260,8 @@ ROUTERS = {
     "granite": "block_sparse_moe.router",
     "gpt-oss": "mlp.router",
     "minimax": "mlp.gate",
+    "glm": "mlp.gate",
+    "dots": "mlp.gate",
     "llama4": "feed_forward.router",
 }
 
@@ -336,6 +358,30 @@ def test_kimi_model_type(saved: Any, tmp_path: Path, tokens: Any) -> None:
     )
     with torch.inference_mode():
         assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
+
+
+def test_step3_text_model_inside_its_vision_language_folder(tmp_path: Path, tokens: Any) -> None:
+    """No transformers class has it: names and shapes as its serving code reads them."""
+    model = archzoo.build(archzoo.config("step-3").tiny(), seed=2).eval()
+    source = tmp_path / "text"
+    archzoo.save(model, source)
+    tensors, data = tensors_of(source), json.loads((source / "config.json").read_text())
+    assert data["model_type"] == "step3_text"
+    layer = {n.removeprefix("model.layers.1."): t.shape for n, t in tensors.items() if ".layers.1." in n}
+    assert layer["moe.gate_proj.weight"] == layer["moe.up_proj.weight"] == (8, 32, 64)
+    assert layer["moe.down_proj.weight"] == (8, 64, 32)
+    assert layer["self_attn.wq.weight"] == (64, 32)
+    assert {"moe.gate.weight", "share_expert.up_proj.weight", "self_attn.inter_norm.weight"} <= set(layer)
+    assert torch.equal(
+        tensors["model.layers.1.moe.up_proj.weight"], model.layers[1].ffn.experts.gate_up[:, 32:]
+    )
+    vision = {"vision_model.embeddings.weight": torch.zeros(3), "vit_large_projector.weight": torch.zeros(3)}
+    text = {**data, "moe_layers_enum": [1]}
+    archzoo.checkpoint.save({**tensors, **vision}, tmp_path / "vl")
+    (tmp_path / "vl" / "config.json").write_text(json.dumps({"model_type": "step3_vl", "text_config": text}))
+    ids = tokens(1, 9)
+    with torch.inference_mode():
+        assert torch.equal(archzoo.load(tmp_path / "vl")(ids).logits, model(ids).logits)
 
 
 HUB: dict[str, dict[str, Any]] = {

@@ -29,11 +29,18 @@ class Rule:
     """native parameter pattern <-> file tensor patterns (concatenated on dim 0 when several).
 
     For fused experts [E, R, d]: `transpose` stores them as [E, d, R]; `interleave` stores the rows of the
-    two halves of R (gate, up) in turns.
+    two halves of R (gate, up) in turns; `stacked` concatenates the parts on R, dim 1.
     """
 
-    def __init__(self, native: str, *parts: str, transpose: bool = False, interleave: bool = False) -> None:
-        self.native, self.parts = native, parts
+    def __init__(
+        self,
+        native: str,
+        *parts: str,
+        transpose: bool = False,
+        interleave: bool = False,
+        stacked: bool = False,
+    ) -> None:
+        self.native, self.parts, self.dim = native, parts, int(stacked)
         self.transpose, self.interleave = transpose, interleave
         self.pattern = re.compile(re.escape(native).replace(r"\{i\}", r"(\d+)") + r"\Z")
 
@@ -41,7 +48,7 @@ class Rule:
         """The views of `tensor` that are the file's tensors."""
         parts = [part.replace("{i}", layer) for part in self.parts]
         if "{e}" not in parts[0]:
-            pieces = tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,)
+            pieces = tensor.chunk(len(parts), self.dim) if len(parts) > 1 else (tensor,)
             return [self._laid_out(p, v) for p, v in zip(parts, pieces, strict=True)]
         out = []
         for e, expert in enumerate(tensor):

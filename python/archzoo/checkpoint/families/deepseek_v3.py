@@ -12,35 +12,52 @@ from archzoo.checkpoint.families.moe import first_moe
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
+ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+RULES = [
+    *OUTER,
+    *EXPERTS,
+    Rule("layers.{i}.ffn.selection_bias", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
+    *MLP,
+]
 
-def _read(files: dict[str, Any]) -> dict[str, Any]:
-    hf = files["config.json"]
-    expect(hf, **PLAIN, scoring_func="sigmoid", topk_method="noaux_tc")
-    pattern = read_moe(
+
+def read_biased_moe(hf: dict[str, Any], mixer: dict[str, Any]) -> dict[str, Any]:
+    """Layers whose experts are chosen by sigmoid and a bias, in groups."""
+    expect(hf, **ROUTER)
+    return read_moe(
         hf,
-        read_mla(hf, hf.get("rope_interleave", True)),
+        mixer,
         score="sigmoid",
         selection_bias=True,
         groups=hf["n_group"],
         top_groups=hf["topk_group"],
         renormalize=hf["norm_topk_prob"],
     )
-    return {**read_outer(hf), "layers": pattern}
+
+
+def write_biased_moe(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of read_biased_moe."""
+    _, moe = first_moe(config)
+    return {**write_moe(config), **ROUTER, "n_group": moe.groups, "topk_group": moe.top_groups}
+
+
+def _read(files: dict[str, Any]) -> dict[str, Any]:
+    hf = files["config.json"]
+    expect(hf, **PLAIN)
+    mixer = read_mla(hf, hf.get("rope_interleave", True))
+    return {**read_outer(hf), "layers": read_biased_moe(hf, mixer)}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    spec, moe = first_moe(config)
-    assert isinstance(spec.mixer, MLAConfig)
+    mixer = first_moe(config)[0].mixer
+    assert isinstance(mixer, MLAConfig)
     hf = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
         **write_outer(config),
-        **write_mla(spec.mixer),
-        **write_moe(config),
-        "rope_interleave": spec.mixer.rope.interleaved,
-        "topk_method": "noaux_tc",
-        "n_group": moe.groups,
-        "topk_group": moe.top_groups,
+        **write_mla(mixer),
+        **write_biased_moe(config),
+        "rope_interleave": mixer.rope.interleaved,
         "num_nextn_predict_layers": 0,
     }
     return {"config.json": hf}
@@ -51,13 +68,7 @@ FAMILY = Family(
     claims=lambda files: files["config.json"].get("model_type") in ("deepseek_v3", "kimi_k2"),
     read=_read,
     write=_write,
-    rules=[
-        *OUTER,
-        *MLA,
-        *EXPERTS,
-        Rule("layers.{i}.ffn.selection_bias", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
-        *MLP,
-    ],
+    rules=[*MLA, *RULES],
     dropped=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     beyond="model.layers.{i}.eh_proj.weight",
 )

@@ -119,6 +119,15 @@ def read_attention(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_partial_attention(hf: dict[str, Any], default: float = 1.0) -> dict[str, Any]:
+    """The same where RoPE turns only the first channels of a head: a number of them, or a share."""
+    rope = dict(hf.get("rope_parameters") or {})
+    share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or default
+    mixer = read_attention({**hf, "rope_parameters": rope})
+    turned = hf.get("rotary_dim") or int(mixer["head_dim"] * share)
+    return {**mixer, "rotary_dim": turned if turned != mixer["head_dim"] else None}
+
+
 def write_attention(mixer: AttentionConfig) -> dict[str, Any]:
     return {
         "num_attention_heads": mixer.heads,

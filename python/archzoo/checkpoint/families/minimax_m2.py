@@ -10,8 +10,8 @@ from archzoo.checkpoint.families.llama import (
     OUTER,
     QK_NORM,
     expect,
-    read_attention,
     read_outer,
+    read_partial_attention,
     write_attention,
     write_outer,
 )
@@ -25,11 +25,7 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
     expect(hf, attention_bias=False, use_qk_norm=True, qk_norm_type="per_layer", scoring_func="sigmoid")
     expect(hf, use_routing_bias=True, shared_intermediate_size=0)
-    rope = dict(hf.get("rope_parameters") or {})
-    share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
-    mixer = read_attention({**hf, "rope_parameters": rope})
-    rotary = hf.get("rotary_dim") or int(mixer["head_dim"] * share)
-    mixer |= {"qk_norm": "full", "rotary_dim": rotary if rotary != mixer["head_dim"] else None}
+    mixer = {**read_partial_attention(hf), "qk_norm": "full"}
     moe = {
         "experts": hf["num_local_experts"],
         "top_k": hf["num_experts_per_tok"],
