@@ -142,6 +142,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "sliding_attention"],
         },
     ),
+    "gpt-oss-wide": ("GptOss", "gpt_oss", {**GPT, "intermediate_size": 96, "sliding_window": 100}),
     "llama4": ("Llama4", "llama4", LLAMA4),
     "llama4-interleaved": (
         "Llama4",
@@ -516,7 +517,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "topk_method = 'noaux_tc'": ("v2-lite", {"topk_method": "noaux_tc"}),
     "moe_layer_freq = 2": ("v3", {"moe_layer_freq": 2}),
     "scoring_func = 'softmax'": ("v3", {"scoring_func": "softmax"}),
-    "quant_method = 'mxfp4'": ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}),
+    "quant_method = 'gptq'": ("gpt-oss", {"quantization_config": {"quant_method": "gptq"}}),
     r"weight_block_size = \[64, 64\]": (
         "v3",
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
@@ -569,7 +570,7 @@ def test_a_layout_says_what_it_cannot_hold(name: str, change: str, field: str | 
     assert found is None if field is None else field in found
 
 
-# --- 8 bits ----------------------------------------------------------------------------------------
+# --- fewer bits ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -619,9 +620,40 @@ def test_scales_of_another_block_size_are_refused(
     tensors = tensors_of(folder)
     name = "model.layers.0.mlp.down_proj.weight"
     tensors[name + "_scale_inv"] = torch.ones(3, 2)
-    message = rf"'{name}_scale_inv' has shape \[3, 2\], blocks of 128 ask for \[2, 1\]"
+    message = rf"'{name}_scale_inv' has shape \[3, 2\], a weight \[160, 96\] asks for \[2, 1\]"
     with pytest.raises(CheckpointError, match=message):
         archzoo.load(copy(folder, tmp_path / "scales", tensors))
     del tensors[name + "_scale_inv"]
     with pytest.raises(CheckpointError, match=rf"'{name}' has dtype torch.float8_e4m3fn, expected one of"):
         archzoo.load(copy(folder, tmp_path / "none", tensors))
+
+
+def test_four_bit_experts_of_gpt_oss(saved: Any, tmp_path: Path, tokens: Any) -> None:
+    """The published folders: two values a byte, a power of two for 32 of them (transformers as oracle)."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    _, source = saved("gpt-oss-wide")
+    tensors = {n: t if "router" in n else t.bfloat16() for n, t in tensors_of(source).items()}
+    plain = dict(tensors)
+    for name, tensor in tensors_of(source).items():
+        if tensor.dim() == 3:
+            experts, inner, outer = tensor.shape
+            blocks = torch.randint(256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 126, (experts, outer, inner // 32), dtype=torch.uint8)
+            del tensors[name]
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+            assert plain[name].shape == tensor.shape
+    four = copy(source, tmp_path / "four", tensors, quantization_config={"quant_method": "mxfp4"})
+    bf16 = copy(source, tmp_path / "bf16", plain)
+    left, right = archzoo.load(four), archzoo.load(bf16)
+    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+    assert left.layers[0].ffn.experts.gate_up.dtype == torch.bfloat16
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    tensors[name] = tensors[name][:, :, :0]
+    with pytest.raises(
+        CheckpointError, match=rf"'{name}' has shape .* a weight \[8, 96, 64\] asks for \[8, 64, 3\]"
+    ):
+        archzoo.load(copy(source, tmp_path / "short", tensors))

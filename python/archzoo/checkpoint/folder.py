@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from archzoo.checkpoint.families import families
 from archzoo.checkpoint.keymap import Family, Region
+from archzoo.checkpoint.quantized import Format, stored_as
 from archzoo.checkpoint.shards import Reader, atomic_folder, write_shards
 from archzoo.configuration import ModelConfig
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
-from archzoo.ops.fp8 import BLOCK, dequantize_blocks
 
 STAGE = 1 << 27  # elements read at once into memory of their own
-SCALES = "_scale_inv"  # behind the name of an 8-bit weight
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
 
@@ -84,16 +83,22 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def match(model: nn.Module, reader: Reader, family: Family) -> list[Region]:
-    """The regions of the model, once everything in the file fits them: names both ways and all shapes."""
-    regions = [r for name, tensor in _tensors(model).items() for r in family.regions(name, tensor)]
-    wanted = {region.name for region in regions}
+def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region, Format | None]]:
+    """The regions of the model, once everything in the file fits them: names both ways and all shapes.
+
+    With each goes the format of what is stored for it, None when that is the region itself.
+    """
     stored = set(reader.keys())
+    regions = [
+        (r, stored_as(reader, stored, r.name, r.shape))
+        for name, tensor in _tensors(model).items()
+        for r in family.regions(name, tensor)
+    ]
+    wanted = {part for r, form in regions for part in (form.names(r.name) if form else [r.name])}
     config: ModelConfig = model.config  # type: ignore[assignment]
     spare = family.ignored(stored, config.layers.count)
     if config.tie_embeddings:
         spare.add("lm_head.weight")
-    spare |= {name + SCALES for name in wanted if _is_fp8(reader, name, stored)}
     extra = sorted(stored - wanted - spare)
     missing = sorted(wanted - stored)
     if missing:
@@ -105,41 +110,27 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[Region]:
         _, _, file = reader.info(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
-    for name, _, expected in regions:
+    for (name, _, expected), form in regions:
+        if form is not None:
+            form.check(reader, name, expected)
+            continue
         dtype, shape, file = reader.info(name)
-        if dtype not in USABLE and not _is_fp8(reader, name, stored):
+        if dtype not in USABLE:
             known = ", ".join(str(d).removeprefix("torch.") for d in USABLE)
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {dtype}, expected one of {known}")
         if shape != expected:
             raise CheckpointError(
                 f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(expected)}"
             )
-        if dtype == torch.float8_e4m3fn:
-            _, scales, file = reader.info(name + SCALES)
-            blocks = tuple(-(-n // BLOCK) for n in shape)
-            if scales != blocks:
-                raise CheckpointError(
-                    f"{file}: tensor '{name}{SCALES}' has shape {list(scales)}, "
-                    f"blocks of {BLOCK} ask for {list(blocks)}"
-                )
     return regions
 
 
-def _is_fp8(reader: Reader, name: str, stored: set[str]) -> bool:
-    """Whether a matrix is stored in 8 bits with a scale per block beside it (DeepSeek-V3, 2412.19437)."""
-    if name not in stored or name + SCALES not in stored:
-        return False
-    dtype, shape, _ = reader.info(name)
-    return dtype == torch.float8_e4m3fn and len(shape) == 2
-
-
 def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
-    """Give every parameter of a `meta` model the dtype that is stored for it."""
-    match(model, reader, family)
+    """Give every parameter of a `meta` model the dtype that is stored for it, bf16 for fewer bits."""
+    forms = {r.name: form for r, form in match(model, reader, family)}
     for name, tensor in _tensors(model).items():
-        stored = {reader.info(region.name)[0] for region in family.regions(name, tensor)}
-        if torch.float8_e4m3fn in stored:
-            stored = {torch.bfloat16}  # what the 8-bit weights stand for
+        keys = [region.name for region in family.regions(name, tensor)]
+        stored = {torch.bfloat16 if forms[key] else reader.info(key)[0] for key in keys}
         if len(stored) == 1:
             tensor.data = tensor.data.to(stored.pop())
 
@@ -148,45 +139,48 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
     """Fill the model; checks everything first."""
     direct: dict[str, Tensor] = {}
-    staged: list[Region] = []
-    for region in match(model, reader, family):
+    staged: list[tuple[Region, Format | None]] = []
+    for region, form in match(model, reader, family):
         name, view, shape = region
-        dtype, _, _ = reader.info(name)
-        plain = view.shape == shape and view.is_contiguous() and view.device.type == "cpu"
-        if plain and view.dtype == dtype:
+        plain = form is None and view.shape == shape and view.is_contiguous()
+        if plain and view.device.type == "cpu" and view.dtype == reader.info(name)[0]:
             direct[name] = view
         else:
-            staged.append(region)
+            staged.append((region, form))
     reader.read_into(direct)
     for batch in _batches(staged):  # read together, in threads
         _read_batch(reader, batch)
 
 
-def _batches(regions: list[Region]) -> Iterator[list[Region]]:
+def _batches(
+    regions: list[tuple[Region, Format | None]],
+) -> Iterator[list[tuple[Region, Format | None]]]:
     """Regions in groups of at most STAGE elements, or a single larger one."""
-    batch: list[Region] = []
+    batch: list[tuple[Region, Format | None]] = []
     size = 0
-    for region in regions:
-        if batch and size + region.view.numel() > STAGE:
+    for item in regions:
+        count = item[0].view.numel()
+        if batch and size + count > STAGE:
             yield batch
             batch, size = [], 0
-        batch.append(region)
-        size += region.view.numel()
+        batch.append(item)
+        size += count
     if batch:
         yield batch
 
 
-def _read_batch(reader: Reader, batch: list[Region]) -> None:
-    """Read regions that are not the file's bytes: another dtype, order or device, or 8 bits with scales."""
-    names = [region.name for region in batch]
-    names += [n + SCALES for n in names if reader.info(n)[0] == torch.float8_e4m3fn]
-    raw = {n: torch.empty(shape, dtype=dtype) for n in names for dtype, shape, _ in [reader.info(n)]}
+def _read_batch(reader: Reader, batch: list[tuple[Region, Format | None]]) -> None:
+    """Read regions that are not the file's bytes: another dtype, order or device, or fewer bits."""
+    parts = {r.name: form.names(r.name) if form else [r.name] for r, form in batch}
+    raw = {}
+    for name in (n for names in parts.values() for n in names):
+        dtype, shape, _ = reader.info(name)
+        raw[name] = torch.empty(shape, dtype=dtype)
     reader.read_into(raw)
-    for name, view, _ in batch:
-        data = raw[name]
-        if data.dtype == torch.float8_e4m3fn:
-            data = dequantize_blocks(data, raw[name + SCALES])
-        view.copy_(data.view(view.shape))
+    for (name, view, _), form in batch:
+        tensors = [raw.pop(n) for n in parts[name]]
+        data = form.decode(*tensors) if form else tensors[0]
+        view.copy_(data.reshape(view.shape))
 
 
 def write_model(

@@ -74,7 +74,8 @@ def read_outer(hf: dict[str, Any]) -> dict[str, Any]:
     """What every Llama-like config.json holds outside its layers."""
     if (act := hf.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"config.json: hidden_act '{act}' is not supported, expected 'silu'")
-    if quantization := hf.get("quantization_config"):  # 8-bit weights are found by their scales
+    quantization = hf.get("quantization_config") or {}  # the weights themselves are found by their scales
+    if quantization.get("quant_method") != "mxfp4":
         expect(quantization, quant_method="fp8", weight_block_size=[BLOCK, BLOCK])
     ids = {k: tuple(v) if isinstance(v := hf[k], list) else v for k in TOKEN_IDS if hf.get(k) is not None}
     return {
