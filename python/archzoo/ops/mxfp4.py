@@ -12,7 +12,8 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the 3 low bits; the four
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """uint8 blocks [E, R, G, 16] and exponents [E, R, G] -> bf16 [E, R, 32 G].
 
-    A byte holds two values, the low half first. Exact: a value has one bit behind its first, and 2^(scale - 127) is a bf16 number.
+    A byte holds two values, the low half first. Exact: a value has one bit behind its first, and
+    2^(scale - 127) is a bf16 number.
     """
     experts, rows, groups, _ = blocks.shape
     low = torch.tensor([*VALUES, *(-v for v in VALUES)], device=blocks.device)
