@@ -81,7 +81,7 @@ def _with_sinks(
     logits = (sinks / scale).to(k.dtype).view(1, g, 1, rep).expand(b, g, 1, rep)
     k = F.pad(k, (0, rep, 1, 0))
     k = torch.cat((torch.cat((k[:, :, :1, :d], logits), -1), k[:, :, 1:]), 2)
-    v = F.pad(v, (0, 0, 1, 0))
+    v = F.pad(v, (0, rep, 1, 0))  # as wide as k, which the flash path of a CPU asks for
     if causal:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
