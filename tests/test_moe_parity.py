@@ -228,6 +228,8 @@ def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> 
     assert not any(info.values()), info
     with torch.inference_mode():
         assert_close(again.eval()(ids).logits, expected, 1e-5)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "rms_norm_eps"):
+        assert getattr(again.config, key) == getattr(hf.config, key)
     assert archzoo.load(ours).config.specs == model.config.specs
 
 

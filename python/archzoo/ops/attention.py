@@ -79,8 +79,7 @@ def _with_sinks(
     own = torch.eye(rep, dtype=q.dtype, device=q.device).repeat(g, 1)[None, :, None]  # [1, H, 1, H/G]
     q = torch.cat((q, own.expand(b, h, t, rep)), -1)
     logits = (sinks / scale).to(k.dtype).view(1, g, 1, rep).expand(b, g, 1, rep)
-    k = F.pad(k, (0, rep, 1, 0))
-    k = torch.cat((torch.cat((k[:, :, :1, :d], logits), -1), k[:, :, 1:]), 2)
+    k = torch.cat((F.pad(logits, (d, 0)), F.pad(k, (0, rep))), 2)
     v = F.pad(v, (0, rep, 1, 0))  # as wide as k, which the flash path of a CPU asks for
     if causal:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()

@@ -91,7 +91,7 @@ def read_outer(hf: dict[str, Any]) -> dict[str, Any]:
 
 def write_outer(config: ModelConfig) -> dict[str, Any]:
     """The inverse of read_outer."""
-    ids = {k: v for k in TOKEN_IDS if (v := getattr(config, k)) is not None}
+    ids = {k: getattr(config, k) for k in TOKEN_IDS}  # null too: a class may have a default
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
