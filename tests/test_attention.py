@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -18,6 +19,7 @@ from archzoo.blocks.mixers.mfa import MFA, MFAConfig
 from archzoo.blocks.registry import Site
 from archzoo.blocks.rope import apply_rope
 from archzoo.cache import Timeline
+from archzoo.errors import ConfigError
 from archzoo.ops.attention import attention
 from archzoo.ops.backend import backend
 
@@ -96,6 +98,47 @@ def test_query_that_sees_nothing_gives_zero(name: str, t: int) -> None:
         assert out.isfinite().all()
         grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("kv", [4, 2, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_sinks_take_their_share_of_the_denominator(kv: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Spelled out, for every shape of call, with the gradients of all four inputs."""
+    full = torch.rand(2, 1, 6, 9) < 0.6
+    full[1, 0, 2] = False  # a query that sees only the sink
+    cases = [
+        (6, 6, {"causal": True}),
+        (6, 9, {"mask": torch.ones(6, 9, dtype=torch.bool).tril(3)}),
+        (6, 9, {"mask": full}),
+        (1, 9, {}),
+        (1, 9, {"mask": full[:, :, 2:3]}),
+    ]
+    for t, s, options in cases:
+        args = [*problem(4, kv, t, s, 8, 5, dtype), torch.randn(4).to(dtype)]
+        q, k, v, sinks = (a.requires_grad_() for a in args)
+        mask = options.get("mask", torch.ones(t, s, dtype=torch.bool).tril(s - t))
+        scores = (q @ k.repeat_interleave(4 // kv, 1).transpose(2, 3) * 0.3).exp() * mask
+        expected = scores / (scores.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+        expected = expected @ v.repeat_interleave(4 // kv, 1)
+        wanted = torch.autograd.grad(expected.square().sum(), (q, k, v, sinks))
+        for name in ("auto", "reference"):
+            with backend(name):
+                out = attention(q, k, v, 0.3, **options, sinks=sinks)
+            assert out.dtype == dtype
+            assert_close(out, expected, tolerance)
+            grads = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+            for found, grad in zip(grads, wanted, strict=True):
+                assert_close(found, grad, tolerance * 10)
+
+
+@pytest.mark.parametrize("t", [1, 50])
+def test_sinks_in_bf16_are_near_fp32(t: int) -> None:
+    q, k, v = problem(8, 2, t, 50, 64, 64, torch.bfloat16)
+    sinks = torch.randn(8).bfloat16()
+    out = attention(q, k, v, 0.125, causal=t > 1, sinks=sinks)
+    exact = attention(q.float(), k.float(), v.float(), 0.125, causal=t > 1, sinks=sinks.float())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("kv", [4, 2, 1])
@@ -211,12 +254,70 @@ def test_visible_pairs_is_the_size_of_the_mask(new: int, total: int, window: int
     assert seen == ((key <= query) & (query - key < (window or total))).sum()
 
 
+@pytest.mark.parametrize(("new", "total"), [(1, 1), (1, 9), (4, 4), (4, 9), (9, 9), (5, 12)])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 9, 20])
+def test_visible_pairs_of_chunks(new: int, total: int, chunk: int) -> None:
+    timeline = Timeline(1, torch.device("cpu"))
+    timeline.append(total - new)
+    mask = Context((1, new), torch.device("cpu"), timeline=timeline).mask(chunk=chunk)
+    seen = total if mask is None else int(mask.sum())
+    query, key = torch.meshgrid(torch.arange(total - new, total), torch.arange(total), indexing="ij")
+    assert seen == ((key <= query) & (key // chunk == query // chunk)).sum()
+    assert visible_pairs(new, total, chunk=chunk) == seen
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 30])
+def test_chunk_is_attention_within_each_block(chunk: int) -> None:
+    """A packed batch of the blocks at their own positions; decoded through a cache of one block."""
+    config = AttentionConfig(heads=2, kv_heads=1, head_dim=16, chunk=chunk)
+    mixer, x = build(config), torch.randn(1, 13, 64, dtype=torch.float64)
+    plain = build(config.model_copy(update={"chunk": None}))
+    blocks = zip(x.split(chunk, 1), torch.arange(13)[None].split(chunk, 1), strict=True)
+    expected = torch.cat([plain(b, Context(b.shape[:2], x.device, at)) for b, at in blocks], 1)
+    assert_close(run(mixer, x), expected)
+    for chunks in ([1] * 13, [5, 4, 1, 3], [12, 1]):
+        timeline, state = Timeline(1, x.device), mixer.new_state(1, 13, x.device, x.dtype)
+        parts = [
+            mixer(part, Context(part.shape[:2], x.device, timeline=timeline), state)
+            for part in x.split(chunks, 1)
+        ]
+        assert_close(torch.cat(parts, 1), expected)
+        assert state.nbytes == config.cache_bytes(64, 13, itemsize=8)
+
+
+def test_temperature_of_queries() -> None:
+    settings = {"heads": 2, "kv_heads": 2, "head_dim": 16, "rope": None}
+    mixer, x = build(AttentionConfig(**settings)), torch.randn(1, 9, 64, dtype=torch.float64)
+    warm = build(AttentionConfig(**settings, temperature={"scale": 0.3, "floor": 2}))
+    for t in range(9):
+        factor = 1 + 0.3 * math.log1p((t + 1) // 2)
+        mixer.scale = 0.25 * factor
+        assert_close(run(warm, x)[:, t], run(mixer, x)[:, t], 1e-12)
+    shifted = warm(x, Context((1, 9), x.device, torch.arange(9)[None] - 3))  # left padding
+    assert_close(shifted[:, 3:], run(warm, x[:, 3:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotary_dim": 32}, r"rotary_dim \(32\) exceeds head_dim \(16\)"),
+        ({"rotary_dim": 5}, "RoPE needs an even rotary_dim, found 5"),
+        ({"window": 3, "chunk": 3}, "window and chunk exclude each other"),
+        ({"heads": 3, "kv_heads": 2}, r"heads \(3\) must be a multiple of kv_heads \(2\)"),
+    ],
+)
+def test_settings_that_contradict_are_refused(change: dict[str, int], message: str) -> None:
+    config = AttentionConfig(**({"heads": 2, "kv_heads": 2, "head_dim": 16} | change))
+    with pytest.raises(ConfigError, match=message):
+        config.check(64)
+
+
 # --- the block ------------------------------------------------------------------------------------
 
 
 def test_block_head_by_head() -> None:
     """Projections, biases, QK-norm before RoPE, scale and grouping, spelled out."""
-    config = AttentionConfig(heads=4, kv_heads=2, head_dim=16, qkv_bias=True, o_bias=True, qk_norm=True)
+    config = AttentionConfig(heads=4, kv_heads=2, head_dim=16, qkv_bias=True, o_bias=True, qk_norm="head")
     mixer, x = build(config), torch.randn(2, 7, 64, dtype=torch.float64)
     cos, sin = config.rope.table(torch.arange(7), 16, x.dtype)
 
@@ -291,7 +392,11 @@ def test_mfa_cache_is_two_vectors_per_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-3.2-1b", "smollm2-1.7b", "step-3", "x-ecomla-1b", "deepseek-v2-lite", "deepseek-moe-16b"]
+    "name",
+    [
+        *("llama-3.2-1b", "smollm2-1.7b", "step-3", "x-ecomla-1b", "deepseek-v2-lite", "deepseek-moe-16b"),
+        *("deepseek-v3", "gpt-oss-20b", "llama-4-scout", "minimax-m2", "olmoe-1b-7b", "qwen1.5-moe-a2.7b"),
+    ],
 )
 @pytest.mark.parametrize("past", [1, 2, 40])
 def test_decode_flops_are_those_of_the_products(name: str, past: int) -> None:
@@ -305,6 +410,10 @@ def test_decode_flops_are_those_of_the_products(name: str, past: int) -> None:
         before = counter.get_total_flops()
         model(ids[:, past:], cache=cache)
     measured = counter.get_total_flops() - before
+    for mixer in (s.mixer for s in config.specs):
+        if reach := getattr(mixer, "reach", None):  # the oldest keys are multiplied, then masked
+            unseen = min(past, reach) + 1 - visible_pairs(1, past + 1, mixer.window, mixer.chunk)
+            measured -= 2 * 4 * mixer.heads * mixer.head_dim * unseen
     assert archzoo.cost(config, seq_len=past, batch_size=2).decode_flops == measured
 
 

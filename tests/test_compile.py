@@ -18,6 +18,8 @@ NAMES = [
     "zebra-llama-1b-4mla-12m2",
     "deepseek-v2-lite",
     "step-3",
+    "gpt-oss-20b",
+    "llama-4-scout",
     "llama-130m-mod",
 ]
 

@@ -195,7 +195,7 @@ def test_toml_file_is_a_model(tmp_path: Path) -> None:
 def test_unknown_model_suggests_near_names() -> None:
     with pytest.raises(UnknownNameError, match="unknown model 'zebra-lama-1b'; did you mean zebra-llama-1b"):
         archzoo.config("zebra-lama-1b")
-    with pytest.raises(UnknownNameError, match="unknown model 'qqqq'; known: deepseek-moe-16b"):
+    with pytest.raises(UnknownNameError, match="unknown model 'qqqq'; known: deepseek-moe-145b"):
         archzoo.build("qqqq")
     with pytest.raises(KeyError):
         archzoo.cost("zebra-lama-1b")

@@ -507,7 +507,7 @@ def test_bad_settings(target: str, settings: dict[str, object], message: str) ->
     [
         ("mamba2-130m", "", "layer 0: convert starts from attention, found mixer 'mamba2'"),
         ("zebra-llama-1b", "", "found mixer '(mla|mamba2)'"),
-        ("llama-3.2-1b", "layers.default.mixer.qk_norm=true", "plain attention, found qk_norm"),
+        ("llama-3.2-1b", "layers.default.mixer.qk_norm=head", "plain attention, found qk_norm"),
         ("llama-3.2-1b", "layers.default.mixer.qkv_bias=true", "found qkv_bias"),
         ("llama-3.2-1b", "layers.default.mixer.window=4", "found window"),
         ("llama-130m-mod", "", "needs depth 'every', found 'mod'"),

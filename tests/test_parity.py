@@ -372,7 +372,7 @@ def test_qk_norm_equals_qwen3() -> None:
         attn_implementation="eager",
     )
     theirs = randomised(Qwen3Attention(config, layer_idx=0))
-    ours = AttentionConfig(heads=4, kv_heads=2, head_dim=16, qk_norm=True)
+    ours = AttentionConfig(heads=4, kv_heads=2, head_dim=16, qk_norm="head")
     mixer = ours.build(Site(0, 1, 64, 1e-6)).requires_grad_(False)
     mixer.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 20, 64)

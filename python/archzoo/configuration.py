@@ -113,7 +113,10 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 class ModelConfig(BaseModel):
-    """A causal language model. `family` names the Hugging Face layout that `save` writes."""
+    """A causal language model. `family` names the Hugging Face layout that `save` writes.
+
+    Granite multiplies the embeddings by `embed_scale` and divides the logits by `logits_divisor`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = "unnamed"
@@ -123,6 +126,8 @@ class ModelConfig(BaseModel):
     max_positions: PositiveInt
     tie_embeddings: bool = False
     norm_eps: PositiveFloat = 1e-5
+    embed_scale: PositiveFloat = 1.0
+    logits_divisor: PositiveFloat = 1.0
     init_std: PositiveFloat = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None

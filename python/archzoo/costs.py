@@ -14,14 +14,16 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 class Cost:
     """Counts for one model, sequence length and batch; FLOPs are 2 per multiply-add.
 
-    prefill_flops: the whole prompt of every sequence, logits of its last token. decode_flops: the token
-    that follows, for every sequence. cache_bytes: the whole decode state of all layers and sequences at
-    seq_len = what `model.new_cache(batch_size, seq_len)` allocates. cache_bytes_per_token: growth by one
-    token of one sequence. state_bytes: the constant part of one sequence.
+    training_flops: one token of a sequence of seq_len, forward and twice that backward. prefill_flops: the
+    whole prompt of every sequence, logits of its last token. decode_flops: the token that follows, for every
+    sequence. cache_bytes: the whole decode state of all layers and sequences at seq_len = what
+    `model.new_cache(batch_size, seq_len)` allocates. cache_bytes_per_token: growth by one token of one
+    sequence. state_bytes: the constant part of one sequence.
     """
 
     params: int
     active_params: int
+    training_flops: int
     prefill_flops: int
     decode_flops: int
     cache_bytes: int
@@ -60,6 +62,7 @@ def cost(config: ModelConfig, seq_len: int = 4096, batch_size: int = 1, dtype: s
     return Cost(
         params=params,
         active_params=active,
+        training_flops=round(3 * ((prefill - head) / seq_len + head)),
         prefill_flops=prefill * batch_size,
         decode_flops=decode * batch_size,
         cache_bytes=(growing + constant) * batch_size,

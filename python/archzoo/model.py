@@ -52,6 +52,7 @@ class Layer(nn.Module):
     def __init__(self, spec: LayerSpec, site: Site) -> None:
         super().__init__()
         scale = spec.residual.norm_scale(site.index)
+        self.residual_scale = spec.residual.scale
         self.mixer_norm = RMSNorm(site.hidden_size, site.norm_eps, scale)
         self.mixer = spec.mixer.build(site)
         self.ffn_norm = RMSNorm(site.hidden_size, site.norm_eps, scale) if spec.ffn is not None else None
@@ -71,11 +72,14 @@ class Layer(nn.Module):
 
     def parts(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, Tensor]:
         """(layer output, mixer output before its addition), both [B, T, d], for every token of x."""
-        mixed = self.mixer(self.mixer_norm(x), ctx, state)
+        mixed = self._scaled(self.mixer(self.mixer_norm(x), ctx, state))
         if self.ffn is None or self.ffn_norm is None:
             return x + mixed, mixed
         normed, x = self.ffn_norm.add(mixed, x)
-        return x + self.ffn(normed, ctx), mixed
+        return x + self._scaled(self.ffn(normed, ctx)), mixed
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1 else x * self.residual_scale
 
     def new_state(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         if self.depth is None:
@@ -95,7 +99,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(
             Layer(spec, Site(i, len(specs), d, config.norm_eps)) for i, spec in enumerate(specs)
         )
-        self.norm = RMSNorm(d, config.norm_eps)
+        self.norm = RMSNorm(d, config.norm_eps, 1 / config.logits_divisor)
         self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=False)
 
     @property
@@ -163,6 +167,8 @@ class CausalLM(nn.Module):
         """Hidden states [B, T, d] after the final norm."""
         ctx = self.context(input_ids, cache, positions, cu_seqlens)
         x = self.embed(input_ids)
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
         save_memory = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             state = cache.states[i] if cache is not None else None

@@ -36,7 +36,7 @@ class Context:
         if timeline is not None:
             timeline.append(self.length, positions)
         self._ropes: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     @property
     def total(self) -> int:
@@ -52,14 +52,18 @@ class Context:
         """[B, T] False at padding; None when there is none."""
         return self.positions >= 0 if self.positions is not None and self.padded else None
 
+    @property
+    def query_positions(self) -> Tensor:
+        """[T] or [B, T] of the new tokens, -1 at padding."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.start, self.total, device=self.device)
+
     def rope(self, config: RopeConfig, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin [T, dim/2] or [B, T, dim/2] of the new tokens."""
         key = (*config.key, dim, dtype)
         if key not in self._ropes:
-            positions = self.positions
-            if positions is None:
-                positions = torch.arange(self.start, self.total, device=self.device)
-            self._ropes[key] = config.table(positions, dim, dtype)
+            self._ropes[key] = config.table(self.query_positions, dim, dtype)
         return self._ropes[key]
 
     @property
@@ -67,18 +71,21 @@ class Context:
         """True when queries and keys are the same dense tokens."""
         return self.dense and self.seq_idx is None and self.start == 0
 
-    def mask(self, window: int | None = None) -> Tensor | None:
+    def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor | None:
         """True where query t may see key s: [T, S] or [B, 1, T, S]; None when it sees all of them.
 
-        `window` w keeps keys with position > query - w (w includes the query itself).
+        `window` w keeps keys with position > query - w (w includes the query itself); `chunk` c those in
+        the query's own block of c positions.
         """
-        if self.dense and self.length == 1 and (window is None or self.total <= window):
+        reach = window or chunk
+        if self.dense and self.length == 1 and (reach is None or self.total <= reach):
             return None
-        if window not in self._masks:
-            self._masks[window] = self._build_mask(window)
-        return self._masks[window]
+        key = (window, chunk)
+        if key not in self._masks:
+            self._masks[key] = self._build_mask(window, chunk)
+        return self._masks[key]
 
-    def _build_mask(self, window: int | None) -> Tensor:
+    def _build_mask(self, window: int | None, chunk: int | None) -> Tensor:
         if self.positions is None:
             query = torch.arange(self.start, self.total, device=self.device)[:, None]
             key = torch.arange(self.total, device=self.device)[None]
@@ -90,6 +97,8 @@ class Context:
             seen = (key <= query) & (key >= 0)
         if window is not None:
             seen = seen & (key > query - window)
+        if chunk is not None:
+            seen = seen & (key // chunk == query // chunk)
         if self.seq_idx is not None:
             seen = seen & (self.seq_idx[:, None, :, None] == self.seq_idx[:, None, None, :])
         return seen

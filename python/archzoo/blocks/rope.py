@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class RopeConfig(BaseModel):
-    """Rotary embedding of the (last or first) `dim` channels of a head.
+    """Rotary embedding of the first `dim` channels of a head.
 
     `interleaved` pairs channels (2p, 2p+1) as DeepSeek stores them; otherwise (p, p + dim/2).
     `mscale_all_dim` also scales the softmax of MLA (DeepSeek); see `softmax_factor`.
@@ -25,7 +25,7 @@ class RopeConfig(BaseModel):
     original_max_positions: PositiveInt | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
+    mscale: float = 0.0
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
@@ -122,7 +122,13 @@ class RopeConfig(BaseModel):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate x [B, T, H, D] by cos, sin [T, D/2] or [B, T, D/2]; the result is in half-split order."""
+    """Rotate the first R channels of x [B, T, H, D] by cos, sin [T, R/2] or [B, T, R/2].
+
+    The result is in half-split order; channels beyond R stay.
+    """
+    r = 2 * cos.shape[-1]
+    if r < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :r], cos, sin, interleaved), x[..., r:]), -1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

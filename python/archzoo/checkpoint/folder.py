@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.checkpoint.families import families
-from archzoo.checkpoint.keymap import Family
+from archzoo.checkpoint.keymap import Family, Region
+from archzoo.checkpoint.quantized import Format, stored_as
 from archzoo.checkpoint.shards import Reader, atomic_folder, write_shards
 from archzoo.configuration import ModelConfig
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
+STAGE = 1 << 27  # elements read at once into memory of their own
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
 
@@ -80,19 +83,24 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]:
-    """File tensor name -> region of the model, once everything fits: names both ways and all shapes."""
-    wanted: dict[str, Tensor] = {}
-    for name, tensor in _tensors(model).items():
-        wanted.update(family.regions(name, tensor))
+def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region, Format | None]]:
+    """The regions of the model, once everything in the file fits them: names both ways and all shapes.
+
+    With each goes the format of what is stored for it, None when that is the region itself.
+    """
     stored = set(reader.keys())
-    tied = getattr(model, "lm_head", None) is None
-    extra = [
-        k
-        for k in sorted(stored - set(wanted))
-        if not family.drops(k) and not (tied and k == "lm_head.weight")
+    regions = [
+        (r, stored_as(reader, stored, r.name, r.shape))
+        for name, tensor in _tensors(model).items()
+        for r in family.regions(name, tensor)
     ]
-    missing = sorted(set(wanted) - stored)
+    wanted = {part for r, form in regions for part in (form.names(r.name) if form else [r.name])}
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    spare = family.ignored(stored, config.layers.count)
+    if config.tie_embeddings:
+        spare.add("lm_head.weight")
+    extra = sorted(stored - wanted - spare)
+    missing = sorted(wanted - stored)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -102,23 +110,27 @@ def match(model: nn.Module, reader: Reader, family: Family) -> dict[str, Tensor]
         _, _, file = reader.info(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
-    for name, region in wanted.items():
+    for (name, _, expected), form in regions:
+        if form is not None:
+            form.check(reader, name, expected)
+            continue
         dtype, shape, file = reader.info(name)
         if dtype not in USABLE:
             known = ", ".join(str(d).removeprefix("torch.") for d in USABLE)
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {dtype}, expected one of {known}")
-        if shape != tuple(region.shape):
+        if shape != expected:
             raise CheckpointError(
-                f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(region.shape)}"
+                f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(expected)}"
             )
-    return wanted
+    return regions
 
 
 def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
-    """Give every parameter of a `meta` model the dtype that is stored for it."""
-    match(model, reader, family)
+    """Give every parameter of a `meta` model the dtype that is stored for it, bf16 for fewer bits."""
+    forms = {r.name: form for r, form in match(model, reader, family)}
     for name, tensor in _tensors(model).items():
-        stored = {reader.info(key)[0] for key, _ in family.regions(name, tensor)}
+        keys = [region.name for region in family.regions(name, tensor)]
+        stored = {torch.bfloat16 if forms[key] else reader.info(key)[0] for key in keys}
         if len(stored) == 1:
             tensor.data = tensor.data.to(stored.pop())
 
@@ -127,13 +139,48 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
     """Fill the model; checks everything first."""
     direct: dict[str, Tensor] = {}
-    for name, region in match(model, reader, family).items():
-        dtype, _, _ = reader.info(name)
-        if region.dtype == dtype and region.device.type == "cpu" and region.is_contiguous():
-            direct[name] = region
+    staged: list[tuple[Region, Format | None]] = []
+    for region, form in match(model, reader, family):
+        name, view, shape = region
+        plain = form is None and view.shape == shape and view.is_contiguous()
+        if plain and view.device.type == "cpu" and view.dtype == reader.info(name)[0]:
+            direct[name] = view
         else:
-            region.copy_(reader.read(name))
+            staged.append((region, form))
     reader.read_into(direct)
+    for batch in _batches(staged):  # read together, in threads
+        _read_batch(reader, batch)
+
+
+def _batches(
+    regions: list[tuple[Region, Format | None]],
+) -> Iterator[list[tuple[Region, Format | None]]]:
+    """Regions in groups of at most STAGE elements, or a single larger one."""
+    batch: list[tuple[Region, Format | None]] = []
+    size = 0
+    for item in regions:
+        count = item[0].view.numel()
+        if batch and size + count > STAGE:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += count
+    if batch:
+        yield batch
+
+
+def _read_batch(reader: Reader, batch: list[tuple[Region, Format | None]]) -> None:
+    """Read regions that are not the file's bytes: another dtype, order or device, or fewer bits."""
+    parts = {r.name: form.names(r.name) if form else [r.name] for r, form in batch}
+    raw = {}
+    for name in (n for names in parts.values() for n in names):
+        dtype, shape, _ = reader.info(name)
+        raw[name] = torch.empty(shape, dtype=dtype)
+    reader.read_into(raw)
+    for (name, view, _), form in batch:
+        tensors = [raw.pop(n) for n in parts[name]]
+        data = form.decode(*tensors) if form else tensors[0]
+        view.copy_(data.reshape(view.shape))
 
 
 def write_model(
@@ -147,7 +194,7 @@ def write_model(
     family = _family_for(config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _tensors(model).items():
-        tensors.update(family.regions(name, tensor.detach()))
+        tensors |= {r.name: r.view.reshape(r.shape) for r in family.regions(name, tensor.detach())}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     contents = family.write(config)
     with atomic_folder(folder) as tmp:
@@ -170,18 +217,41 @@ def _family_for(config: ModelConfig) -> Family:
     family = known.get(config.family)
     if family is None:
         raise ConfigError(f"family '{config.family}': expected one of {', '.join(sorted(known))}")
+    if (field := _misfit(family, config)) is None:
+        return family
+    warnings.warn(
+        f"the '{family.name}' layout cannot hold this config ({field}); writing the zoo's own layout instead",
+        stacklevel=4,
+    )
+    return known["archzoo"]
+
+
+def _misfit(family: Family, config: ModelConfig) -> str | None:
+    """What of the config the family's files would not give back; None when they hold all of it."""
     try:
         again = ModelConfig.from_dict(json.loads(json.dumps(family.read(family.write(config)))))
-        fits = again.specs == config.specs and _outer(again) == _outer(config)
-    except (AssertionError, StopIteration, ArchzooError):
-        fits = False
-    if not fits:
-        warnings.warn(
-            f"the '{family.name}' layout cannot hold this config; writing the zoo's own layout instead",
-            stacklevel=4,
-        )
-        return known["archzoo"]
-    return family
+    except (AssertionError, StopIteration):
+        return "its blocks"
+    except ArchzooError as error:
+        return str(error)
+    if (field := _difference(_outer(config), _outer(again))) is not None:
+        return field
+    for i, (old, new) in enumerate(zip(config.specs, again.specs, strict=True)):
+        if (field := _difference(old.model_dump(), new.model_dump())) is not None:
+            return f"layer {i}: {field}"
+    return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The dotted key of the first difference, and the old value."""
+    for key, value in old.items():
+        other = new.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if (field := _difference(value, other)) is not None:
+                return f"{key}.{field}"
+        elif value != other:
+            return f"{key} = {value!r}"
+    return None
 
 
 def _outer(config: ModelConfig) -> dict[str, Any]:

@@ -8,32 +8,61 @@ new first dim. Reading fills the regions, writing emits them, so save undoes loa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from archzoo.configuration import ModelConfig
 
 
-class Rule:
-    """native parameter pattern <-> file tensor patterns (concatenated on dim 0 when several)."""
+class Region(NamedTuple):
+    """One tensor of the file: a view of a native parameter in its element order, and its shape there."""
 
-    def __init__(self, native: str, *parts: str) -> None:
-        self.native, self.parts = native, parts
+    name: str
+    view: Tensor
+    shape: tuple[int, ...]
+
+
+class Rule:
+    """native parameter pattern <-> file tensor patterns (concatenated on dim 0 when several).
+
+    For fused experts [E, R, d]: `transpose` stores them as [E, d, R]; `interleave` stores the rows of the
+    two halves of R (gate, up) in turns; `stacked` concatenates the parts on R, dim 1.
+    """
+
+    def __init__(
+        self,
+        native: str,
+        *parts: str,
+        transpose: bool = False,
+        interleave: bool = False,
+        stacked: bool = False,
+    ) -> None:
+        self.native, self.parts, self.dim = native, parts, int(stacked)
+        self.transpose, self.interleave = transpose, interleave
         self.pattern = re.compile(re.escape(native).replace(r"\{i\}", r"(\d+)") + r"\Z")
 
-    def regions(self, layer: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        """(file tensor name, view of `tensor`) for each part."""
-        if "{e}" not in self.parts[0]:
-            pieces = tensor.chunk(len(self.parts)) if len(self.parts) > 1 else (tensor,)
-            return [(p.replace("{i}", layer), v) for p, v in zip(self.parts, pieces, strict=True)]
+    def regions(self, layer: str, tensor: Tensor) -> list[Region]:
+        """The views of `tensor` that are the file's tensors."""
+        parts = [part.replace("{i}", layer) for part in self.parts]
+        if "{e}" not in parts[0]:
+            pieces = tensor.chunk(len(parts), self.dim) if len(parts) > 1 else (tensor,)
+            return [self._laid_out(p, v) for p, v in zip(parts, pieces, strict=True)]
         out = []
         for e, expert in enumerate(tensor):
-            for part, view in zip(self.parts, expert.chunk(len(self.parts)), strict=True):
-                out.append((part.replace("{i}", layer).replace("{e}", str(e)), view))
+            for part, view in zip(parts, expert.chunk(len(parts)), strict=True):
+                out.append(self._laid_out(part.replace("{e}", str(e)), view))
         return out
+
+    def _laid_out(self, name: str, view: Tensor) -> Region:
+        shape = (view.transpose(1, 2) if self.transpose else view).shape
+        if self.interleave:
+            view = view.unflatten(1, (2, -1)).transpose(1, 2)  # [E, R/2, 2, ...]
+        if self.transpose:
+            view = view.movedim(-1, 1)
+        return Region(name, view, tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -42,7 +71,8 @@ class Family:
 
     `claims(files)` looks at the folder's parsed JSON files; `read(files)` gives ModelConfig data;
     `write(config)` gives the JSON files, at most `files`. `dropped` are regexes of tensors that are derived,
-    not stored.
+    not stored. `beyond` names the tensor (with `{i}`) by which a layer past the last one is known to be an
+    extra module, such as a multi-token prediction head, that is left out.
     """
 
     name: str
@@ -51,14 +81,22 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule] = ()
     dropped: Sequence[str] = field(default=())
+    beyond: str | None = None
     files: Sequence[str] = ("config.json",)
 
-    def regions(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    def regions(self, name: str, tensor: Tensor) -> list[Region]:
         """The file tensors of native parameter `name` as views of `tensor`; no rule keeps the name."""
         for rule in self.rules:
             if match := rule.pattern.match(name):
                 return rule.regions(match[1] if match.groups() else "", tensor)
-        return [(name, tensor)]
+        return [Region(name, tensor, tuple(tensor.shape))]
 
-    def drops(self, name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in self.dropped)
+    def ignored(self, stored: Collection[str], layers: int) -> set[str]:
+        """The stored tensors that have no place in a model of that many layers, and need none."""
+        out = {name for name in stored if any(re.fullmatch(pattern, name) for pattern in self.dropped)}
+        i = layers
+        while self.beyond is not None and self.beyond.replace("{i}", str(i)) in stored:
+            prefix = self.beyond.partition("{i}")[0] + f"{i}."
+            out |= {name for name in stored if name.startswith(prefix)}
+            i += 1
+        return out

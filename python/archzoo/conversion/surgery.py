@@ -127,7 +127,8 @@ def _sources(model: CausalLM) -> list[Attention]:
         c, mixer = spec.mixer, layer.mixer
         if not isinstance(c, AttentionConfig) or not isinstance(mixer, Attention):
             raise InputError(f"layer {i}: convert starts from attention, found mixer '{c.kind}'")
-        extras = [n for n in ("qkv_bias", "o_bias", "qk_norm", "window") if getattr(c, n)]
+        plain = {"kind", "heads", "kv_heads", "head_dim", "rope"}
+        extras = [n for n in AttentionConfig.model_fields if n not in plain and getattr(c, n)]
         if extras:
             raise InputError(f"layer {i}: convert takes plain attention, found {', '.join(extras)}")
         if spec.depth.kind != "every":

@@ -11,25 +11,42 @@ from archzoo.ops.backend import addressable, choose, native
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kT * scale) v: q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] -> [B, H, T, E].
 
     Query head i reads key head i // (H / G). `mask` is True where a key is seen ([T, S] or
-    [B, 1, T, S]); `causal` is the lower triangle of T == S. A query that sees nothing gives 0.
+    [B, 1, T, S]); `causal` is the lower triangle of T == S. `sinks` [H] are logits of one more key per
+    head, whose value is 0. A query that sees nothing gives 0.
     """
     backend = choose(q)
     if backend == "reference":
-        return _reference(q, k, v, scale, mask, causal)
+        return _reference(q, k, v, scale, mask, causal, sinks)
     if q.shape[2] == 1 and backend == "cpu":
-        return _decode(q, k, v, scale, mask)
+        return _decode(q, k, v, scale, mask, sinks)
+    if sinks is not None:
+        return _with_sinks(q, k, v, scale, mask, causal, sinks)
     grouped = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    sinks: Tensor | None = None,
+) -> Tensor:
     rep = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -38,25 +55,59 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | Non
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        return _sunk(scores, sinks).to(v.dtype) @ v
+    if mask is not None:
         blind = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(blind, 0.0)  # avoids NaN; the row is zeroed below
         return (scores.softmax(-1).to(v.dtype) @ v).masked_fill(blind, 0.0)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def _sunk(scores: Tensor, sinks: Tensor) -> Tensor:
+    """softmax of scores [B, H, T, S] beside the logits `sinks` [H], which keep their share."""
+    extra = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, extra), -1).softmax(-1)[..., :-1]
+
+
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, sinks: Tensor
+) -> Tensor:
+    """The sink as key 0. Its logit differs by head: each query head of a group has a channel of its own."""
+    (b, h, t, d), (g, s), e = q.shape, k.shape[1:3], v.shape[-1]
+    rep = h // g
+    own = torch.eye(rep, dtype=q.dtype, device=q.device).repeat(g, 1)[None, :, None]  # [1, H, 1, H/G]
+    q = torch.cat((q, own.expand(b, h, t, rep)), -1)
+    logits = (sinks / scale).to(k.dtype).view(1, g, 1, rep).expand(b, g, 1, rep)
+    k = torch.cat((F.pad(logits, (d, 0)), F.pad(k, (0, rep))), 2)
+    v = F.pad(v, (0, rep, 1, 0))  # as wide as k, which the flash path of a CPU asks for
+    if causal:
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=g != h)[..., :e]
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, sinks: Tensor | None = None
+) -> Tensor:
     """One query per row: the H / G queries of a group are the rows of one small product."""
     b, h, _, d = q.shape
     g = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide)  # rounded scores would be off by up to 2^-8 of their size
-    if mask is None and addressable(q, k, v) and _rust_reads(q, k, v) and native(q.contiguous()):
+    plain = mask is None and sinks is None
+    if plain and addressable(q, k, v) and _rust_reads(q, k, v) and native(q.contiguous()):
         return _rust_decode(q.contiguous(), k, v, scale)
     scores = (q.reshape(b, g, h // g, d) * scale) @ k.to(wide).transpose(-1, -2)
-    if mask is None:
+    if mask is not None:  # a finite minimum, so that a query which sees nothing gives no NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        probs = _sunk(scores.view(b, h, 1, -1), sinks).view_as(scores)
+    else:
         probs = scores.softmax(-1)
-    else:  # a finite minimum, so that a query which sees nothing gives no NaN
-        probs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
+    if mask is not None:
+        probs = probs.masked_fill(~mask, 0.0)
     return (probs.to(v.dtype) @ v).reshape(b, h, 1, v.shape[-1])
 
 

@@ -91,6 +91,10 @@ class MoEConfig(FfnConfig):
         idle = (self.experts - self.top_k) * self._per_expert(hidden_size)
         return self.params(hidden_size) - idle
 
+    def flops(self, hidden_size: int, tokens: int) -> int:
+        weights = self.model_copy(update={"bias": False, "router_bias": False, "selection_bias": False})
+        return 2 * weights.active_params(hidden_size) * tokens  # a bias is no product
+
     def build(self, site: Site) -> MoE:
         return MoE(self, site)
 

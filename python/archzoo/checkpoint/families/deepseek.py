@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from archzoo.blocks.ffns.glu import SwiGLUConfig
-from archzoo.blocks.ffns.moe import MoEConfig
 from archzoo.blocks.mixers.attention import AttentionConfig
 from archzoo.checkpoint.families.llama import (
     ATTENTION,
@@ -16,70 +14,62 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.keymap import Family, Rule
+from archzoo.checkpoint.families.moe import dense_layers, expert_rules, first_moe, layers, shared_rules
+from archzoo.checkpoint.keymap import Family
 from archzoo.configuration import ModelConfig
 
-EXPERTS = [
-    Rule("layers.{i}.ffn.router.weight", "model.layers.{i}.mlp.gate.weight"),
-    Rule(
-        "layers.{i}.ffn.experts.gate_up",
-        "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
-        "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-    ),
-    Rule("layers.{i}.ffn.experts.down", "model.layers.{i}.mlp.experts.{e}.down_proj.weight"),
-    *(
-        Rule(
-            f"layers.{{i}}.ffn.shared.{p}_proj.weight",
-            f"model.layers.{{i}}.mlp.shared_experts.{p}_proj.weight",
-        )
-        for p in ("gate", "up", "down")
-    ),
-]
+EXPERTS = [*expert_rules(), *shared_rules("mlp.shared_experts")]
 
 
-def _read(files: dict[str, Any]) -> dict[str, Any]:
-    hf = files["config.json"]
+def read_moe(hf: dict[str, Any], mixer: dict[str, Any], **router: Any) -> dict[str, Any]:
+    """Layers of any DeepSeek config.json; `router` are the MoEConfig fields that its version fixes."""
     moe = {
-        "kind": "moe",
         "experts": hf["n_routed_experts"],
         "top_k": hf["num_experts_per_tok"],
         "hidden": hf["moe_intermediate_size"],
         "shared": hf.get("n_shared_experts") or 0,
-        "score": hf.get("scoring_func", "softmax"),
-        "renormalize": hf.get("norm_topk_prob", False),
         "scale": hf.get("routed_scaling_factor", 1.0),
+        **router,
     }
     count, first, every = hf["num_hidden_layers"], hf["first_k_dense_replace"], hf.get("moe_layer_freq", 1)
     dense = [i for i in range(count) if i < first or i % every]
-    layers: dict[str, Any] = {"count": count, "default": {"mixer": read_attention(hf), "ffn": moe}}
-    if dense:
-        ffn = {"kind": "swiglu", "hidden": hf["intermediate_size"]}
-        layers["override"] = [{"indices": dense, "ffn": ffn}]
-    return {**read_outer(hf), "layers": layers}
+    return layers(count, mixer, moe, dense, hf["intermediate_size"])
+
+
+def write_moe(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of read_moe."""
+    _, moe = first_moe(config)
+    dense, hidden = dense_layers(config, 4 * moe.hidden)
+    return {
+        "intermediate_size": hidden,
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "n_shared_experts": moe.shared,
+        "first_k_dense_replace": len(dense),
+        "moe_layer_freq": 1,
+        "scoring_func": moe.score,
+        "norm_topk_prob": moe.renormalize,
+        "routed_scaling_factor": moe.scale,
+    }
+
+
+def _read(files: dict[str, Any]) -> dict[str, Any]:
+    hf = files["config.json"]
+    score, renormalize = hf.get("scoring_func", "softmax"), hf.get("norm_topk_prob", False)
+    pattern = read_moe(hf, read_attention(hf), score=score, renormalize=renormalize)
+    return {**read_outer(hf), "layers": pattern}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    specs = config.specs
-    first = next(i for i, s in enumerate(specs) if isinstance(s.ffn, MoEConfig))
-    mixer, moe = specs[first].mixer, specs[first].ffn
+    mixer = first_moe(config)[0].mixer
     assert isinstance(mixer, AttentionConfig)
-    assert isinstance(moe, MoEConfig)
-    dense = specs[0].ffn
     hf = {
         "architectures": ["DeepseekForCausalLM"],
         "model_type": "deepseek",
         **write_outer(config),
         **write_attention(mixer),
-        "intermediate_size": dense.hidden if isinstance(dense, SwiGLUConfig) else 4 * moe.hidden,
-        "n_routed_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.hidden,
-        "n_shared_experts": moe.shared,
-        "first_k_dense_replace": first,
-        "moe_layer_freq": 1,
-        "scoring_func": moe.score,
-        "norm_topk_prob": moe.renormalize,
-        "routed_scaling_factor": moe.scale,
+        **write_moe(config),
     }
     return {"config.json": hf}
 

@@ -10,6 +10,7 @@ from archzoo.blocks.rope import RopeConfig
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 from archzoo.errors import ConfigError
+from archzoo.ops.fp8 import BLOCK
 
 OUTER = [
     Rule("embed.weight", "model.embed_tokens.weight"),
@@ -22,12 +23,22 @@ ATTENTION = [
     for p in "qkvo"
     for w in ("weight", "bias")
 ]
+QK_NORM = [
+    Rule(f"layers.{{i}}.mixer.{p}_norm.weight", f"model.layers.{{i}}.self_attn.{p}_norm.weight") for p in "qk"
+]
 MLP = [
     Rule(f"layers.{{i}}.ffn.{p}_proj.{w}", f"model.layers.{{i}}.mlp.{p}_proj.{w}")
     for p in ("gate", "up", "down")
     for w in ("weight", "bias")
 ]
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def expect(hf: dict[str, Any], **values: Any) -> None:
+    """Refuse a config.json in which a key is there and says something else than all that is supported."""
+    for key, expected in values.items():
+        if (found := hf.get(key)) is not None and found != expected:
+            raise ConfigError(f"config.json: {key} = {found!r} is not supported, expected {expected!r}")
 
 
 def read_rope(hf: dict[str, Any], **extra: Any) -> dict[str, Any]:
@@ -63,6 +74,9 @@ def read_outer(hf: dict[str, Any]) -> dict[str, Any]:
     """What every Llama-like config.json holds outside its layers."""
     if (act := hf.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"config.json: hidden_act '{act}' is not supported, expected 'silu'")
+    quantization = hf.get("quantization_config") or {}  # the weights themselves are found by their scales
+    if quantization.get("quant_method") != "mxfp4":
+        expect(quantization, quant_method="fp8", weight_block_size=[BLOCK, BLOCK])
     ids = {k: tuple(v) if isinstance(v := hf[k], list) else v for k in TOKEN_IDS if hf.get(k) is not None}
     return {
         "vocab_size": hf["vocab_size"],
@@ -77,7 +91,7 @@ def read_outer(hf: dict[str, Any]) -> dict[str, Any]:
 
 def write_outer(config: ModelConfig) -> dict[str, Any]:
     """The inverse of read_outer."""
-    ids = {k: v for k in TOKEN_IDS if (v := getattr(config, k)) is not None}
+    ids = {k: getattr(config, k) for k in TOKEN_IDS}  # null too: a class may have a default
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -104,6 +118,15 @@ def read_attention(hf: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": bias,
         "o_bias": bias,
     }
+
+
+def read_partial_attention(hf: dict[str, Any], default: float = 1.0) -> dict[str, Any]:
+    """The same where RoPE turns only the first channels of a head: a number of them, or a share."""
+    rope = dict(hf.get("rope_parameters") or {})
+    share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or default
+    mixer = read_attention({**hf, "rope_parameters": rope})
+    turned = hf.get("rotary_dim") or int(mixer["head_dim"] * share)
+    return {**mixer, "rotary_dim": turned if turned != mixer["head_dim"] else None}
 
 
 def write_attention(mixer: AttentionConfig) -> dict[str, Any]:

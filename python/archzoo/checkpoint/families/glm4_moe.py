@@ -1,0 +1,52 @@
+"""transformers' GLM-4.5 layout (model_type "glm4_moe", 2508.06471). Prediction modules are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from archzoo.blocks.mixers.attention import AttentionConfig
+from archzoo.checkpoint.families.deepseek_v3 import RULES, read_biased_moe, write_biased_moe
+from archzoo.checkpoint.families.llama import (
+    ATTENTION,
+    QK_NORM,
+    read_outer,
+    read_partial_attention,
+    write_attention,
+    write_outer,
+)
+from archzoo.checkpoint.families.moe import first_moe
+from archzoo.checkpoint.keymap import Family
+from archzoo.configuration import ModelConfig
+
+
+def _read(files: dict[str, Any]) -> dict[str, Any]:
+    hf = files["config.json"]
+    norm = "head" if hf.get("use_qk_norm") else None
+    mixer = {**read_partial_attention(hf, default=0.5), "o_bias": False, "qk_norm": norm}
+    return {**read_outer(hf), "layers": read_biased_moe(hf, mixer)}
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    mixer = first_moe(config)[0].mixer
+    assert isinstance(mixer, AttentionConfig)
+    hf = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        **write_outer(config),
+        **write_attention(mixer),
+        "partial_rotary_factor": (mixer.rotary_dim or mixer.head_dim) / mixer.head_dim,
+        "use_qk_norm": mixer.qk_norm == "head",
+        **write_biased_moe(config),
+        "num_nextn_predict_layers": 0,
+    }
+    return {"config.json": hf}
+
+
+FAMILY = Family(
+    name="glm4_moe",
+    claims=lambda files: files["config.json"].get("model_type") == "glm4_moe",
+    read=_read,
+    write=_write,
+    rules=[*ATTENTION, *QK_NORM, *RULES],
+    beyond="model.layers.{i}.eh_proj.weight",
+)
