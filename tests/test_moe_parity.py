@@ -211,6 +211,9 @@ def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     hf.save_pretrained(theirs, max_shard_size="60KB")
     model = archzoo.load(theirs)
+    hf.save_pretrained(tmp_path / "fused", save_original_format=False)
+    for a, b in zip(archzoo.load(tmp_path / "fused").parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
     assert model.config.family == CASES[name][1]
     with torch.inference_mode():
         expected = hf(ids).logits
