@@ -366,6 +366,21 @@ def test_kimi_model_type(saved: Any, tmp_path: Path, tokens: Any) -> None:
         assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
 
 
+def test_llama4_text_model_inside_its_vision_language_folder(saved: Any, tmp_path: Path, tokens: Any) -> None:
+    _, source = saved("llama4-interleaved")
+    text = json.loads((source / "config.json").read_text())
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors_of(source).items()}
+    tensors |= {"vision_model.class_embedding": torch.zeros(3)}
+    tensors |= {"multi_modal_projector.linear_1.weight": torch.zeros(3)}
+    path, ids = tmp_path / "vl", tokens(1, 9, vocab=96)
+    archzoo.checkpoint.save(tensors, path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text}))
+    with torch.inference_mode():
+        assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
+    archzoo.save(archzoo.load(path), tmp_path / "text")
+    assert_same_tensors(tmp_path / "text", source)
+
+
 def test_step3_text_model_inside_its_vision_language_folder(tmp_path: Path, tokens: Any) -> None:
     """No transformers class has it: names and shapes as its serving code reads them."""
     model = archzoo.build(archzoo.config("step-3").tiny(), seed=2).eval()

@@ -93,7 +93,7 @@ class Family:
         """
         for rule in self.aliases:
             if match := rule.pattern.match(name):
-                regions = rule.regions(match[1], tensor)
+                regions = rule.regions(match[1] if match.groups() else "", tensor)
                 if all(region.name in stored for region in regions):
                     return regions
         for rule in self.rules:
