@@ -211,6 +211,9 @@ def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     hf.save_pretrained(theirs, max_shard_size="60KB")
     model = archzoo.load(theirs)
+    hf.save_pretrained(tmp_path / "fused", save_original_format=False)
+    for a, b in zip(archzoo.load(tmp_path / "fused").parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
     assert model.config.family == CASES[name][1]
     with torch.inference_mode():
         expected = hf(ids).logits
@@ -361,6 +364,21 @@ def test_kimi_model_type(saved: Any, tmp_path: Path, tokens: Any) -> None:
     )
     with torch.inference_mode():
         assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
+
+
+def test_llama4_text_model_inside_its_vision_language_folder(saved: Any, tmp_path: Path, tokens: Any) -> None:
+    _, source = saved("llama4-interleaved")
+    text = json.loads((source / "config.json").read_text())
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors_of(source).items()}
+    tensors |= {"vision_model.class_embedding": torch.zeros(3)}
+    tensors |= {"multi_modal_projector.linear_1.weight": torch.zeros(3)}
+    path, ids = tmp_path / "vl", tokens(1, 9, vocab=96)
+    archzoo.checkpoint.save(tensors, path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text}))
+    with torch.inference_mode():
+        assert torch.equal(archzoo.load(path)(ids).logits, archzoo.load(source)(ids).logits)
+    archzoo.save(archzoo.load(path), tmp_path / "text")
+    assert_same_tensors(tmp_path / "text", source)
 
 
 def test_step3_text_model_inside_its_vision_language_folder(tmp_path: Path, tokens: Any) -> None:

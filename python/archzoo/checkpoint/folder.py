@@ -92,7 +92,7 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
     regions = [
         (r, stored_as(reader, stored, r.name, r.shape))
         for name, tensor in _tensors(model).items()
-        for r in family.regions(name, tensor)
+        for r in family.regions(name, tensor, stored)
     ]
     wanted = {part for r, form in regions for part in (form.names(r.name) if form else [r.name])}
     config: ModelConfig = model.config  # type: ignore[assignment]
@@ -129,7 +129,7 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
     """Give every parameter of a `meta` model the dtype that is stored for it, bf16 for fewer bits."""
     forms = {r.name: form for r, form in match(model, reader, family)}
     for name, tensor in _tensors(model).items():
-        keys = [region.name for region in family.regions(name, tensor)]
+        keys = [region.name for region in family.regions(name, tensor, forms)]
         stored = {torch.bfloat16 if forms[key] else reader.info(key)[0] for key in keys}
         if len(stored) == 1:
             tensor.data = tensor.data.to(stored.pop())

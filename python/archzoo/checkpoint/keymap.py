@@ -72,7 +72,8 @@ class Family:
     `claims(files)` looks at the folder's parsed JSON files; `read(files)` gives ModelConfig data;
     `write(config)` gives the JSON files, at most `files`. `dropped` are regexes of tensors that are derived,
     not stored. `beyond` names the tensor (with `{i}`) by which a layer past the last one is known to be an
-    extra module, such as a multi-token prediction head, that is left out.
+    extra module, such as a multi-token prediction head, that is left out. `aliases` are rules of other names
+    that are read, not written.
     """
 
     name: str
@@ -80,12 +81,21 @@ class Family:
     read: Callable[[dict[str, Any]], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule] = ()
+    aliases: Sequence[Rule] = ()
     dropped: Sequence[str] = field(default=())
     beyond: str | None = None
     files: Sequence[str] = ("config.json",)
 
-    def regions(self, name: str, tensor: Tensor) -> list[Region]:
-        """The file tensors of native parameter `name` as views of `tensor`; no rule keeps the name."""
+    def regions(self, name: str, tensor: Tensor, stored: Collection[str] = ()) -> list[Region]:
+        """The file tensors of native parameter `name` as views of `tensor`; no rule keeps the name.
+
+        An alias is taken where its names are `stored`.
+        """
+        for rule in self.aliases:
+            if match := rule.pattern.match(name):
+                regions = rule.regions(match[1] if match.groups() else "", tensor)
+                if all(region.name in stored for region in regions):
+                    return regions
         for rule in self.rules:
             if match := rule.pattern.match(name):
                 return rule.regions(match[1] if match.groups() else "", tensor)

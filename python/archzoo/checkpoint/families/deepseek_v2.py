@@ -15,7 +15,7 @@ from archzoo.checkpoint.families.llama import (
     write_outer,
     write_rope,
 )
-from archzoo.checkpoint.families.moe import first_moe
+from archzoo.checkpoint.families.moe import first_moe, fused_rules
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
@@ -102,5 +102,6 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*OUTER, *MLA, *EXPERTS, *MLP],
+    aliases=fused_rules(),
     dropped=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
 )

@@ -8,7 +8,7 @@ from archzoo.blocks.mixers.mla import MLAConfig
 from archzoo.checkpoint.families.deepseek import EXPERTS, read_moe, write_moe
 from archzoo.checkpoint.families.deepseek_v2 import MLA, PLAIN, read_mla, write_mla
 from archzoo.checkpoint.families.llama import MLP, OUTER, expect, read_outer, write_outer
-from archzoo.checkpoint.families.moe import first_moe
+from archzoo.checkpoint.families.moe import first_moe, fused_rules
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
@@ -69,6 +69,7 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*MLA, *RULES],
+    aliases=fused_rules(),
     dropped=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     beyond="model.layers.{i}.eh_proj.weight",
 )

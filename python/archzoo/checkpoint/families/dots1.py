@@ -15,7 +15,7 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import first_moe
+from archzoo.checkpoint.families.moe import first_moe, fused_rules
 from archzoo.checkpoint.keymap import Family
 from archzoo.configuration import ModelConfig
 
@@ -49,4 +49,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*ATTENTION, *QK_NORM, *RULES],
+    aliases=fused_rules(),
 )

@@ -14,7 +14,7 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import first_moe
+from archzoo.checkpoint.families.moe import first_moe, fused_rules
 from archzoo.checkpoint.keymap import Family
 from archzoo.configuration import ModelConfig
 
@@ -48,5 +48,6 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*ATTENTION, *QK_NORM, *RULES],
+    aliases=fused_rules(),
     beyond="model.layers.{i}.eh_proj.weight",
 )

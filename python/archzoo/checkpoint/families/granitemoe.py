@@ -13,7 +13,7 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import first_moe, layers
+from archzoo.checkpoint.families.moe import first_moe, fused_rules, layers
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
@@ -69,5 +69,9 @@ FAMILY = Family(
         Rule("layers.{i}.ffn.router.weight", f"{_BLOCK}.router.layer.weight"),
         Rule("layers.{i}.ffn.experts.gate_up", f"{_BLOCK}.input_linear.weight"),
         Rule("layers.{i}.ffn.experts.down", f"{_BLOCK}.output_linear.weight"),
+    ],
+    aliases=[
+        *fused_rules("block_sparse_moe"),
+        Rule("layers.{i}.ffn.router.weight", f"{_BLOCK}.router.weight"),
     ],
 )

@@ -1,4 +1,7 @@
-"""transformers' Llama 4 text layout (model_type "llama4_text"): RoPE layers in chunks, NoPE in between."""
+"""transformers' Llama 4 text layout: RoPE layers in chunks, NoPE in between.
+
+The published folders hold it inside a vision-language model; that is read too, without the vision part.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ _BLOCK = "model.layers.{i}.feed_forward"
 
 def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
+    hf = hf["text_config"] if hf["model_type"] == "llama4" else hf
     count = hf["num_hidden_layers"]
     turned = hf.get("no_rope_layers") or [
-        int((i + 1) % hf["no_rope_layer_interval"] != 0) for i in range(count)
+        int((i + 1) % hf.get("no_rope_layer_interval", 4) != 0) for i in range(count)
     ]
     types = hf.get("layer_types") or ["chunked_attention" if r else "full_attention" for r in turned]
     step = hf.get("interleave_moe_layer_step", 1)
@@ -57,11 +61,11 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
 
 def _own(hf: dict[str, Any], rope: dict[str, Any] | None, chunked: bool) -> dict[str, Any]:
     """What a layer's attention does not share with every other."""
-    own: dict[str, Any] = {"rope": rope, "chunk": hf["attention_chunk_size"] if chunked else None}
+    own: dict[str, Any] = {"rope": rope, "chunk": hf.get("attention_chunk_size", 8192) if chunked else None}
     if rope is not None:
         own["qk_norm"] = "l2" if hf.get("use_qk_norm", True) else None
     elif hf.get("attn_temperature_tuning", True):
-        own["temperature"] = {"scale": hf["attn_scale"], "floor": hf["floor_scale"]}
+        own["temperature"] = {"scale": hf.get("attn_scale", 0.1), "floor": hf.get("floor_scale", 8192)}
     return own
 
 
@@ -93,21 +97,26 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {"config.json": hf}
 
 
+RULES = [
+    *OUTER,
+    Rule("lm_head.weight", "lm_head.weight"),
+    *ATTENTION,
+    Rule("layers.{i}.ffn.router.weight", f"{_BLOCK}.router.weight"),
+    Rule("layers.{i}.ffn.experts.gate_up", f"{_BLOCK}.experts.gate_up_proj", transpose=True),
+    Rule("layers.{i}.ffn.experts.down", f"{_BLOCK}.experts.down_proj", transpose=True),
+    *shared_rules("feed_forward.shared_expert"),
+    *(Rule(f"layers.{{i}}.ffn.{p}_proj.weight", f"{_BLOCK}.{p}_proj.weight") for p in ("gate", "up", "down")),
+]
+
 FAMILY = Family(
     name="llama4",
-    claims=lambda files: files["config.json"].get("model_type") == "llama4_text",
+    claims=lambda files: files["config.json"].get("model_type") in ("llama4_text", "llama4"),
     read=_read,
     write=_write,
-    rules=[
-        *OUTER,
-        *ATTENTION,
-        Rule("layers.{i}.ffn.router.weight", f"{_BLOCK}.router.weight"),
-        Rule("layers.{i}.ffn.experts.gate_up", f"{_BLOCK}.experts.gate_up_proj", transpose=True),
-        Rule("layers.{i}.ffn.experts.down", f"{_BLOCK}.experts.down_proj", transpose=True),
-        *shared_rules("feed_forward.shared_expert"),
-        *(
-            Rule(f"layers.{{i}}.ffn.{p}_proj.weight", f"{_BLOCK}.{p}_proj.weight")
-            for p in ("gate", "up", "down")
-        ),
+    rules=RULES,
+    aliases=[
+        Rule(rule.native, *(f"language_model.{p}" for p in rule.parts), transpose=rule.transpose)
+        for rule in RULES
     ],
+    dropped=[r"vision_model\..*", r"multi_modal_projector\..*"],
 )

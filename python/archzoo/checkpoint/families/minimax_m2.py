@@ -15,7 +15,7 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.mixtral import EXPERTS
+from archzoo.checkpoint.families.mixtral import ALIASES, EXPERTS
 from archzoo.checkpoint.families.moe import first_moe, layers
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
@@ -68,5 +68,9 @@ FAMILY = Family(
         *QK_NORM,
         *EXPERTS,
         Rule("layers.{i}.ffn.selection_bias", "model.layers.{i}.block_sparse_moe.e_score_correction_bias"),
+    ],
+    aliases=[
+        *ALIASES,
+        Rule("layers.{i}.ffn.selection_bias", "model.layers.{i}.mlp.e_score_correction_bias"),
     ],
 )

@@ -14,10 +14,14 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import expert_rules, first_moe, layers
-from archzoo.checkpoint.keymap import Family
+from archzoo.checkpoint.families.moe import expert_rules, first_moe, fused_rules, layers
+from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
+ALIASES = [
+    *fused_rules(),
+    Rule("layers.{i}.ffn.router.weight", "model.layers.{i}.mlp.gate.weight"),
+]
 EXPERTS = expert_rules("block_sparse_moe", ("w1", "w3", "w2"))
 
 
@@ -56,4 +60,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *EXPERTS],
+    aliases=ALIASES,
 )

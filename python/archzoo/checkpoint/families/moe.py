@@ -24,6 +24,14 @@ def expert_rules(
     ]
 
 
+def fused_rules(block: str = "mlp") -> list[Rule]:
+    """Experts as the modules of transformers 5 hold them, which it writes when asked to."""
+    return [
+        Rule("layers.{i}.ffn.experts.gate_up", f"model.layers.{{i}}.{block}.experts.gate_up_proj"),
+        Rule("layers.{i}.ffn.experts.down", f"model.layers.{{i}}.{block}.experts.down_proj"),
+    ]
+
+
 def shared_rules(name: str) -> list[Rule]:
     """The always-on expert."""
     return [

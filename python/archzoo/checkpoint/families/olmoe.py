@@ -15,7 +15,7 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import expert_rules, first_moe, layers
+from archzoo.checkpoint.families.moe import expert_rules, first_moe, fused_rules, layers
 from archzoo.checkpoint.keymap import Family
 from archzoo.configuration import ModelConfig
 
@@ -56,4 +56,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *QK_NORM, *expert_rules()],
+    aliases=fused_rules(),
 )

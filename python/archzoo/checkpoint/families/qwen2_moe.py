@@ -15,7 +15,14 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import dense_layers, expert_rules, first_moe, layers, shared_rules
+from archzoo.checkpoint.families.moe import (
+    dense_layers,
+    expert_rules,
+    first_moe,
+    fused_rules,
+    layers,
+    shared_rules,
+)
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
@@ -86,4 +93,5 @@ FAMILY = Family(
         Rule("layers.{i}.ffn.shared_gate.weight", "model.layers.{i}.mlp.shared_expert_gate.weight"),
         *MLP,
     ],
+    aliases=fused_rules(),
 )

@@ -15,7 +15,7 @@ from archzoo.checkpoint.families.llama import (
     write_attention,
     write_outer,
 )
-from archzoo.checkpoint.families.moe import expert_rules, first_moe
+from archzoo.checkpoint.families.moe import expert_rules, first_moe, fused_rules
 from archzoo.checkpoint.families.qwen2_moe import read_moe, write_moe
 from archzoo.checkpoint.keymap import Family
 from archzoo.configuration import ModelConfig
@@ -46,4 +46,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *QK_NORM, *expert_rules(), *MLP],
+    aliases=fused_rules(),
 )
