@@ -95,7 +95,7 @@ class MTP(nn.Module):
         self.norm = RMSNorm(d, site.norm_eps)
 
     def forward(self, embedded: Tensor, hidden: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        """Hidden states of tokens t, embeddings of tokens t + k -> those that the head turns into t + k + 1."""
+        """Hidden states of t and embeddings of t + k, [B, T, d] -> what the head turns into t + k + 1."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
         return self.norm(self.layer(x, ctx, state))
 
