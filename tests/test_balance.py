@@ -378,3 +378,25 @@ def test_no_tokens_and_one_token(tokens_: int) -> None:
     assert total.isfinite()
     assert all(value.isfinite().all() for value in aux.statistics().values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_distillation_adds_the_students_losses_and_moves_its_bias(tmp_path: Path, tokens: Tokens) -> None:
+    from archzoo.distill import KD, distill
+    from archzoo.distill.stages import objective
+
+    teacher = model_with(dtype=torch.float32, seed=1)
+    plain = model_with(BIASED, dtype=torch.float32)
+    student = model_with(BIASED, "layers.default.ffn.balance={expert=0.5}", dtype=torch.float32).train()
+    stage = KD(name="kd", steps=2, seq_len=12, batch_size=2, lr=1e-3, router_bias_rate=0.01)
+    ids, labels = tokens(2, 12), tokens(2, 12, seed=1)
+    labels[0, :5] = -100
+    losses = [objective(m, teacher, stage)(ids, labels) for m in (plain.train(), student)]
+    extra = student(ids, labels=ids).aux["expert_loss"] * 19
+    torch.testing.assert_close(losses[1] - losses[0], extra, rtol=1e-4, atol=1e-4)
+    data = torch.randint(256, (200,)).numpy()
+    distill(student, teacher, data, stage, tmp_path, progress=False)
+    for layer in student.layers:
+        assert layer.ffn.load is None
+        steps = layer.ffn.selection_bias / 0.01
+        torch.testing.assert_close(steps, steps.round())
+        assert steps.abs().max() > 0

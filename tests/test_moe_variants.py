@@ -289,3 +289,32 @@ def test_mlp_counts_its_parameters() -> None:
         config = MLPConfig(hidden=32, bias=bias)
         layer = config.build(Site(index=0, count=1, hidden_size=16, norm_eps=1e-6))
         assert sum(p.numel() for p in layer.parameters()) == config.params(16)
+
+
+def test_published_sizes() -> None:
+    """Check 16: the totals of 2201.05596 to the digits that it prints."""
+    totals = {
+        "pr-moe-350m": 4.11,
+        "pr-moe-1.3b": 31.4,
+        "pr-moe-350m-mos": 3.54,
+        "pr-moe-1.3b-mos": 26.9,
+    }
+    for name, billions in totals.items():
+        params = archzoo.cost(name).params / 1e9
+        assert round(params, 2 if billions < 10 else 1) == billions
+        specs = archzoo.config(name).specs
+        experts = [spec.ffn.experts for spec in specs[1::2]]
+        small, count = (32, "350m") if "350m" in name else (64, "1.3b")
+        assert count in name
+        assert experts == [small] * (8 if "mos" in name else 10) + [2 * small] * 2
+        assert all(spec.ffn.kind == "mlp" for spec in specs[::2])
+        assert len(specs) == (21 if "mos" in name else 24)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("pr-moe-350m", 13.1), ("pr-moe-1.3b", 52.5)])
+def test_standard_moe_of_the_same_base(name: str, billions: float) -> None:
+    """128 experts in every other layer and no residual."""
+    data = archzoo.config(name).model_dump()
+    ffn = data["layers"]["override"][0]["ffn"] | {"experts": 128, "residual": None}
+    data["layers"]["override"] = [{"indices": range(1, 24, 2), "ffn": ffn}]
+    assert round(archzoo.cost(archzoo.ModelConfig.from_dict(data)).params / 1e9, 1) == billions

@@ -39,7 +39,7 @@ def convert_command(
     seed: Annotated[int, typer.Option(help="Of what the source does not have.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Replace the attention (which then needs `archzoo distill`) or the feed-forwards of a pretrained model."""
+    """Replace the attention of a pretrained model (`archzoo distill` follows) or its feed-forwards."""
     from archzoo import conversion, costs, zoo
 
     indices = None if layers is None else _indices(layers)

@@ -1,4 +1,4 @@
-"""Architecture surgery: attention into latent attention, Mamba-2 or both; dense feed-forwards into experts."""
+"""Architecture surgery: attention into latent attention, Mamba-2 or both; dense layers into experts."""
 
 from archzoo.conversion.selection import sensitivity, smart, smart_allows
 from archzoo.conversion.settings import Conversion
