@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import archzoo
-from archzoo import CausalLM, ConfigError
+from archzoo import CausalLM, ConfigError, ModelConfig
 from archzoo.blocks.context import Aux, Context
 from archzoo.blocks.ffns.moe import MoE, MoEConfig
 from archzoo.blocks.registry import Site
+from archzoo.data import TokenBlocks, python_manual_text
 from archzoo.ops import balance
 
 Tokens = Callable[..., Tensor]
@@ -34,7 +36,7 @@ def model_with(*changes: str, dtype: torch.dtype = F64, seed: int = 0) -> Causal
     moe = {"kind": "moe", "experts": 8, "top_k": 2, "hidden": 32, "shared": 1}
     data = config.model_dump()
     data["layers"]["default"]["ffn"] = moe | {"balance": {}, "selection_bias": False, "score": "softmax"}
-    return archzoo.build(archzoo.ModelConfig.from_dict(data).override(*changes), dtype=dtype, seed=seed)
+    return archzoo.build(ModelConfig.from_dict(data).override(*changes), dtype=dtype, seed=seed)
 
 
 def chosen(model: CausalLM, ids: Tensor, **kwargs: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -400,3 +402,34 @@ def test_distillation_adds_the_students_losses_and_moves_its_bias(tmp_path: Path
         steps = layer.ffn.selection_bias / 0.01
         torch.testing.assert_close(steps, steps.round())
         assert steps.abs().max() > 0
+
+
+def test_bias_updates_balance_a_model_that_trains_on_text() -> None:
+    """A tiny DeepSeekMoE on the bytes of the Python manual, twice; benches/balance.py is longer."""
+    text = np.frombuffer(python_manual_text("train").encode(), np.uint8)
+    mixer = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_dim": 32, "rope": {"theta": 10000.0}}
+    ffn = {"kind": "moe", "experts": 15, "top_k": 3, "hidden": 32, "shared": 1, "renormalize": True}
+    layers = {
+        "count": 2,
+        "default": {"mixer": mixer, "ffn": ffn | {"score": "sigmoid", "selection_bias": True}},
+    }
+    data = {"vocab_size": 256, "hidden_size": 64, "max_positions": 64, "init_std": 0.08, "layers": layers}
+    worst, losses = [], []
+    for rate in (0.0, 0.02):
+        model = archzoo.build(ModelConfig.from_dict(data)).train()
+        blocks = TokenBlocks(text, 64, seed=0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        violation = []
+        for _ in range(60):
+            ids = blocks.next_batch(8)[0]
+            out = model(ids, labels=ids)
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if rate:
+                model.update_router_bias(rate)
+            violation.append(out.aux["max_violation"].max())
+        worst.append(float(torch.stack(violation[-10:]).mean()))
+        losses.append(out.loss.item())
+    assert worst[1] < 0.6 * worst[0], worst
+    assert all(loss < 3.5 for loss in losses)  # both learn: 5.5 at the start
