@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable
 
 import pytest
@@ -318,3 +319,32 @@ def test_standard_moe_of_the_same_base(name: str, billions: float) -> None:
     ffn = data["layers"]["override"][0]["ffn"] | {"experts": 128, "residual": None}
     data["layers"]["override"] = [{"indices": range(1, 24, 2), "ffn": ffn}]
     assert round(archzoo.cost(archzoo.ModelConfig.from_dict(data)).params / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            f'capacity={{factor=0.5, minimum=0, drop="{policy}"}}'
+            for policy in POLICIES
+            if policy != "random"
+        ),
+        'choice="experts"',
+    ],
+)
+def test_training_step_is_one_graph(change: str, tokens: Tokens) -> None:
+    torch._dynamo.reset()
+    config = archzoo.config("deepseek-moe-16b").tiny().override("init_std=0.1")
+    key, _, value = change.partition("=")
+    data = config.model_dump()
+    ffn = data["layers"]["override"][0]["ffn"]
+    ffn.update(tomllib.loads(f"{key} = {value}"))
+    model = archzoo.build(archzoo.ModelConfig.from_dict(data)).train()
+    ids = tokens(2, 20)
+    seen = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        out = run(ids, labels=ids)
+        out.loss.backward()
+        seen.append((out.loss.detach(), out.aux, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
