@@ -180,3 +180,10 @@ def test_what_cannot_draft_is_refused() -> None:
         archzoo.generate(build(), [[1]], 2, use_mtp=True, temperature=0.5)
     with pytest.raises(InputError, match="needs a cache that can be truncated"):
         archzoo.generate(build("mamba2-130m", 1, torch.float32), [[1]], 2, use_mtp=True)
+
+
+@pytest.mark.parametrize("target", ["mla", "moe"])
+def test_conversion_leaves_the_modules_out(target: str) -> None:
+    new = archzoo.convert(build(depth=1), target)
+    assert new.config.mtp is None
+    assert len(new.mtp) == 0

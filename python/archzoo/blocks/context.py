@@ -70,7 +70,7 @@ class Aux:
             torch.stack([F.pad(t, (0, max(sizes) - len(t))) for t in tensors])
             for tensors in ([r.load for r in routings], [r.probability for r in routings])
         )
-        mean = load.sum(-1) / torch.tensor(sizes, device=load.device)
+        mean = torch.stack([r.load.mean() for r in routings])
         return {
             "load": load,
             "entropy": -torch.xlogy(p, p).sum(-1),

@@ -43,8 +43,8 @@ def convert(
     Mamba-2 that starts from the attention weights (MambaInLlama, 2408.15237); "zebra-llama", MLA at
     `layers` and Mamba-2 elsewhere (2505.17272); these need distillation to be useful, their settings are
     explained at `Conversion`. "moe": experts out of the dense feed-forwards of `layers`, see `Upcycling`.
-    Everything else is copied, dtype and device kept. `seed` fills what the source does not have (parts of
-    Mamba-2, routers); a layer gets the same values whatever the others become.
+    Everything else is copied, dtype and device kept, MTP modules left out. `seed` fills what the source does
+    not have (parts of Mamba-2, routers); a layer gets the same values whatever the others become.
     """
     options = {
         "layers": None if layers is None else tuple(layers),
@@ -68,7 +68,7 @@ def convert(
     latent = settings.mla_layers(count)
     sources = _sources(model)
     mixers: list[MixerConfig] = []
-    state = {name: t.clone() for name, t in model.state_dict().items() if ".mixer." not in name}
+    state = {name: t.clone() for name, t in _main(model).items() if ".mixer." not in name}
     device = model.embed.weight.device
     with Progress("converting", count) as progress:
         for i, attention in enumerate(sources):
@@ -89,7 +89,7 @@ def convert(
 
 def _upcycle(model: CausalLM, settings: Upcycling, seed: int) -> CausalLM:
     source, count = model.config, len(model.layers)
-    specs, state = list(source.specs), dict(model.state_dict())
+    specs, state = list(source.specs), _main(model)
     for i in settings.moe_layers(count):
         moe = settings.moe(specs[i].ffn, source.hidden_size)
         ffn = model.layers[i].ffn
@@ -101,7 +101,7 @@ def _upcycle(model: CausalLM, settings: Upcycling, seed: int) -> CausalLM:
         specs[i] = specs[i].model_copy(update={"ffn": moe})
     kept = {t.data_ptr() for t in model.state_dict().values()}
     state = {name: t.clone() if t.data_ptr() in kept else t for name, t in state.items()}
-    data = source.model_dump(exclude={"layers"}) | {"name": f"{source.name}-moe", "family": "archzoo"}
+    data = source.model_dump(exclude={"layers", "mtp"}) | {"name": f"{source.name}-moe", "family": "archzoo"}
     data["source"] = f"converted from {source.name}"
     config = ModelConfig.from_dict(data | {"layers": _pattern(specs)}, data["name"])
     return _filled(config, state, model.training)
@@ -148,7 +148,7 @@ def check_pair(mla_model: CausalLM, mamba2_model: CausalLM) -> None:
 def converted_config(source: ModelConfig, mixers: Sequence[MixerConfig], name: str) -> ModelConfig:
     """`source` with these mixers, one per layer; in the published layout ("zebra") if that can hold it."""
     specs = [s.model_copy(update={"mixer": m}) for s, m in zip(source.specs, mixers, strict=True)]
-    data = source.model_dump(exclude={"layers"}) | {"name": name, "family": _family(specs)}
+    data = source.model_dump(exclude={"layers", "mtp"}) | {"name": name, "family": _family(specs)}
     data["source"] = f"converted from {source.name}"
     return ModelConfig.from_dict(data | {"layers": _pattern(specs)}, name)
 
@@ -167,6 +167,11 @@ def _sources(model: CausalLM) -> list[Attention]:
             raise InputError(f"layer {i}: convert needs depth 'every', found '{spec.depth.kind}'")
         found.append(mixer)
     return found
+
+
+def _main(model: CausalLM) -> dict[str, Tensor]:
+    """The model's tensors without those of MTP modules, whose layers are like the source's."""
+    return {name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")}
 
 
 def _filled(config: ModelConfig, state: dict[str, Tensor], training: bool) -> CausalLM:

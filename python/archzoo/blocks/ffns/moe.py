@@ -238,19 +238,18 @@ class MoE(nn.Module):
     def _kept(self, weights: Tensor, ids: Tensor, ctx: Context | None) -> Tensor:
         """`ids` with the number of experts for every assignment that is not carried out."""
         c = self.config
-        kept, nobody = ids, torch.full_like(ids, c.experts)
         if c.sample_second and self.training:
             chance = 2 * weights[:, 1] / weights.sum(-1)
-            second = torch.where(torch.rand_like(chance) < chance, kept[:, 1], nobody[:, 1])
-            kept = torch.stack((kept[:, 0], second), 1)
+            second = torch.where(torch.rand_like(chance) < chance, ids[:, 1], c.experts)
+            ids = torch.stack((ids[:, 0], second), 1)
         if c.capacity is None:
-            return kept
+            return ids
         slots = c.capacity.slots(ids.shape[0], c.top_k, c.experts, self.training)
         if slots is None:
-            return kept
+            return ids
         if ctx is not None and ctx.valid is not None:  # padding takes no slot
-            kept = torch.where(ctx.valid.view(-1, 1), kept, nobody)
-        return drop(kept, weights.detach(), c.experts, slots, c.capacity.drop)
+            ids = torch.where(ctx.valid.view(-1, 1), ids, c.experts)
+        return drop(ids, weights.detach(), c.experts, slots, c.capacity.drop)
 
     def _experts_choose(self, x: Tensor, ctx: Context | None) -> Tensor:
         c, tokens = self.config, x.shape[0]
