@@ -125,6 +125,11 @@ class CausalLM(nn.Module):
         """[V, d], the embedding itself when tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """ids [B, T] -> what the first layer gets [B, T, d]."""
+        out: Tensor = self.embed(input_ids)
+        return out
+
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> logits [..., V]."""
         return linear(hidden, self.head_weight)
@@ -199,7 +204,7 @@ class CausalLM(nn.Module):
         if aux is None and self.training and torch.is_grad_enabled():
             aux = Aux()  # the loads are counted whoever asks
         ctx = self.context(input_ids, cache, positions, cu_seqlens, aux)
-        x = self.embed(input_ids)
+        x = self.embedded(input_ids)
         for i, layer in enumerate(self.layers):
             state = cache.states[i] if cache is not None else None
             x = self._run(layer, x, ctx, state)
@@ -296,7 +301,7 @@ class CausalLM(nn.Module):
                 break
             at = None if positions is None else positions[:, :-k]
             ctx = self.context(input_ids[:, :-k], None, at, cu_seqlens, aux)
-            hidden = self._run(module, self.embed(input_ids[:, k:]), hidden[:, : ctx.length], ctx)
+            hidden = self._run(module, self.embedded(input_ids[:, k:]), hidden[:, : ctx.length], ctx)
             wanted = targets[:, k:]
             if cu_seqlens is not None:  # the token k further on must belong to the same sequence
                 token = torch.arange(input_ids.shape[1], device=hidden.device)

@@ -74,7 +74,7 @@ def _draft(
     known = tokens.shape[1]
     ctx = model.context(tokens[:, start:-1], drafter, positions)
     for k, (module, state) in enumerate(zip(model.mtp, drafter.states, strict=True), 1):
-        embedded = model.embed(tokens[:, start + k : known - 1 + k])
+        embedded = model.embedded(tokens[:, start + k : known - 1 + k])
         hidden = cast("MTP", module)(embedded, hidden, ctx, state)
         tokens = torch.cat((tokens, model.head(hidden[:, -1:]).argmax(-1)), 1)
     return tokens[:, known:]
