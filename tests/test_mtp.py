@@ -51,6 +51,37 @@ def test_loss_follows_the_formula(name: str, depth: int, tokens: Tokens) -> None
     assert "mtp_loss" not in model.eval()(ids, labels=ids).aux
 
 
+def test_module_equals_that_of_transformers(tokens: Tokens) -> None:
+    """Its order of embedding and hidden state is that of the checkpoints; its positions are one further."""
+    layers = pytest.importorskip("transformers.modeling_layers")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from archzoo.checkpoint.families import families
+
+    model, ids = build("llama-130m", 1), tokens(2, 9)
+    family = families()["llama"]
+    settings = family.write(model.config)["config.json"]
+    config = llama.LlamaConfig(**{k: v for k, v in settings.items() if k != "model_type"})
+    config._attn_implementation = "eager"
+    theirs = layers.MtpLayer(config, llama.LlamaDecoderLayer, llama.LlamaRMSNorm, 0).double()
+    ours = model.mtp[0]
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        if name.startswith("layer."):
+            for key, part in family.regions(f"layers.0.{name.removeprefix('layer.')}", tensor):
+                state[key.replace("model.layers.0.", "mtp_block.")] = part
+        else:
+            state["post_norm.weight" if name == "norm.weight" else name] = tensor
+    theirs.load_state_dict(state)
+    with torch.no_grad():
+        hidden, embedded = model.backbone(ids)[:, :-1], model.embed(ids[:, 1:])
+        at = torch.arange(1, 9)[None]
+        rotary = llama.LlamaRotaryEmbedding(config)(hidden, at)
+        mask = torch.full((8, 8), -torch.inf, dtype=F64).triu(1)[None, None]
+        expected = theirs(embedded, hidden, rotary, mask, at, None)
+        got = ours(embedded, hidden, model.context(ids[:, :-1]))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # their tables are fp32
+
+
 def test_packed_sequences_do_not_see_each_other(tokens: Tokens) -> None:
     model = build().train()
     parts = [tokens(1, n, seed) for seed, n in enumerate((5, 9, 4))]
