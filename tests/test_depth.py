@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import archzoo
 from archzoo import CausalLM
-from archzoo.blocks.context import Context
+from archzoo.blocks.context import Aux, Context
 from archzoo.blocks.depth.mod import MixtureOfDepthsConfig, RoutedState
 from archzoo.blocks.norm import RMSNorm
 from archzoo.blocks.registry import Site
@@ -120,8 +120,8 @@ def inputs(scores: list[list[float]]) -> Tensor:
     return x
 
 
-def context(x: Tensor, positions: Tensor | None = None) -> Context:
-    return Context(x.shape[:2], x.device, positions)
+def context(x: Tensor, positions: Tensor | None = None, aux: Aux | None = None) -> Context:
+    return Context(x.shape[:2], x.device, positions, aux=aux)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -163,8 +163,8 @@ def test_chosen_tokens_run_the_block_on_their_subsequence(training: bool) -> Non
     for i in chosen:
         scores[i] = 1.0
     x = inputs([scores])
-    aux: list[Tensor] = []
-    y = layer(x, context(x), aux=aux)
+    aux = Aux()
+    y = layer(x, context(x, aux=aux))
     rest = [i for i in range(8) if i not in chosen]
     assert torch.equal(y[:, rest], x[:, rest])
     picked = x[:, chosen]
@@ -172,17 +172,17 @@ def test_chosen_tokens_run_the_block_on_their_subsequence(training: bool) -> Non
     assert_close(y[:, chosen], block)
     squeezed = layer.parts(picked, context(picked))[0]
     assert not torch.allclose(y[:, chosen], squeezed, atol=1e-6)  # positions 0 1 2 3 would be wrong
-    assert len(aux) == training
+    assert len(aux.losses()) == training
 
 
 def test_training_takes_the_best_of_each_row_and_teaches_the_sign() -> None:
     layer = layer_with(MixtureOfDepthsConfig(capacity=0.4)).train()
     x = inputs([[0.1, 0.9, -0.5, 0.9, 0.9], [-3.0, -1.0, -2.0, -4.0, -1.5]])
-    aux: list[Tensor] = []
-    y = layer(x, context(x), aux=aux)
+    aux = Aux()
+    y = layer(x, context(x, aux=aux))
     moved = (y != x).any(-1)
     assert moved.tolist() == [[False, True, False, True, False], [False, True, False, False, True]]
-    assert_close(aux[0], F.binary_cross_entropy_with_logits(x[..., 0], moved.double()))
+    assert_close(aux.losses()["depth_loss"], F.binary_cross_entropy_with_logits(x[..., 0], moved.double()))
 
 
 def test_evaluation_takes_every_positive_score() -> None:
@@ -197,14 +197,14 @@ def test_padding_is_never_chosen() -> None:
     x = inputs([[9.0, 9.0, 0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
     positions = torch.tensor([[-1, -1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
     for training in (True, False):
-        aux: list[Tensor] = []
-        y = layer.train(training)(x, context(x, positions), aux=aux)
+        aux = Aux()
+        y = layer.train(training)(x, context(x, positions, aux))
         assert torch.equal(y[0, :2], x[0, :2])
         alone = layer(x[:1, 2:], context(x[:1, 2:]))
         if not training:
             assert_close(y[0, 2:], alone[0])
         assert y.isfinite().all()
-        assert all(a.isfinite() for a in aux)
+        assert all(a.isfinite() for a in aux.losses().values())
 
 
 @pytest.mark.parametrize(

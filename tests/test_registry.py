@@ -422,6 +422,7 @@ def test_gradient_checkpointing_changes_nothing(structure: str, tokens: Tokens) 
     for on in (False, True):
         model.gradient_checkpointing = on
         model.zero_grad()
+        torch.manual_seed(0)  # some routers drop at random
         out = model(ids, labels=ids)
         out.loss.backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()} | {"loss": out.loss.detach()})

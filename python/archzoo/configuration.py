@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -112,6 +113,14 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+class MTPConfig(BaseModel):
+    """`depth` modules that predict further tokens (2412.19437); training adds weight * their mean CE."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    depth: PositiveInt = 1
+    weight: NonNegativeFloat = 0.3
+
+
 class ModelConfig(BaseModel):
     """A causal language model. `family` names the Hugging Face layout that `save` writes.
 
@@ -133,6 +142,7 @@ class ModelConfig(BaseModel):
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     layers: LayerPattern
+    mtp: MTPConfig | None = None
     source: str = ""
 
     @model_validator(mode="after")
@@ -156,6 +166,12 @@ class ModelConfig(BaseModel):
     def specs(self) -> tuple[LayerSpec, ...]:
         """One LayerSpec per layer."""
         return self.layers.specs
+
+    @property
+    def mtp_params(self) -> int:
+        """Parameters of the MTP modules: each a layer like the last, three norms and a projection."""
+        d = self.hidden_size
+        return 0 if self.mtp is None else self.mtp.depth * (self.specs[-1].params(d) + 3 * d + 2 * d * d)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config") -> ModelConfig:

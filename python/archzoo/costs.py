@@ -42,7 +42,8 @@ def cost(config: ModelConfig, seq_len: int = 4096, batch_size: int = 1, dtype: s
     table = config.vocab_size * d
     head = 2 * table
     outer = table * (1 if config.tie_embeddings else 2) + d
-    params = active = outer
+    active = outer
+    params = outer + config.mtp_params  # which plain decoding does not use
     prefill, decode, growing, constant, per_token = head, head, 0, 0, 0
     for spec in config.specs:
         params += spec.params(d)

@@ -14,20 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from archzoo.blocks.context import Context
+from archzoo.blocks.context import Aux, Context
+from archzoo.blocks.ffns.moe import MoE
 from archzoo.blocks.linear import Linear
 from archzoo.blocks.norm import RMSNorm
 from archzoo.blocks.registry import DepthPolicy, Initialised, Mixer, Site
 from archzoo.cache import Cache, State, Timeline
 from archzoo.configuration import LayerSpec, ModelConfig
-from archzoo.errors import InputError
+from archzoo.errors import CacheError, InputError
 from archzoo.ops.linear import linear
 from archzoo.ops.linear_loss import linear_cross_entropy
 
 
 @dataclass
 class Output:
-    """Result of a forward call. With labels the logits [B, T, V] are only made when asked for."""
+    """Result of a forward call. With labels the logits [B, T, V] are only made when asked for.
+
+    aux: in training the losses that joined `loss`, by name and weighted; for models with routers and without
+    a cache the statistics of `Aux.statistics`, a row per routed layer.
+    """
 
     loss: Tensor | None
     hidden: Tensor
@@ -59,16 +64,11 @@ class Layer(nn.Module):
         self.ffn = spec.ffn.build(site) if spec.ffn is not None else None
         self.depth = spec.depth.build(site)
 
-    def forward(
-        self, x: Tensor, ctx: Context, state: State | None = None, aux: list[Tensor] | None = None
-    ) -> Tensor:
-        """x [B, T, d] -> [B, T, d]; auxiliary losses are appended to `aux`."""
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
         if self.depth is None:
             return self.parts(x, ctx, state)[0]
-        y, _, loss = self.depth(x, ctx, state, self.parts)
-        if loss is not None and aux is not None:
-            aux.append(loss)
-        return y
+        return self.depth(x, ctx, state, self.parts)[0]
 
     def parts(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, Tensor]:
         """(layer output, mixer output before its addition), both [B, T, d], for every token of x."""
@@ -87,6 +87,23 @@ class Layer(nn.Module):
         return self.depth.new_state(self.mixer, batch, slots, device, dtype)
 
 
+class MTP(nn.Module):
+    """Predicts one token further than the hidden states it gets (2412.19437, in the checkpoints' order)."""
+
+    def __init__(self, spec: LayerSpec, site: Site) -> None:
+        super().__init__()
+        d = site.hidden_size
+        self.enorm, self.hnorm = RMSNorm(d, site.norm_eps), RMSNorm(d, site.norm_eps)
+        self.eh_proj = Linear(2 * d, d, bias=False)
+        self.layer = Layer(spec, site)
+        self.norm = RMSNorm(d, site.norm_eps)
+
+    def forward(self, embedded: Tensor, hidden: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        """Hidden states of t and embeddings of t + k, [B, T, d] -> what the head turns into t + k + 1."""
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
+        return self.norm(self.layer(x, ctx, state))
+
+
 class CausalLM(nn.Module):
     """A decoder-only language model built from a ModelConfig."""
 
@@ -101,11 +118,21 @@ class CausalLM(nn.Module):
         )
         self.norm = RMSNorm(d, config.norm_eps, 1 / config.logits_divisor)
         self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=False)
+        depth = 0 if config.mtp is None else config.mtp.depth
+        total = len(specs) + depth
+        self.mtp = nn.ModuleList(
+            MTP(specs[-1], Site(len(specs) + k, total, d, config.norm_eps)) for k in range(depth)
+        )
 
     @property
     def head_weight(self) -> Tensor:
         """[V, d], the embedding itself when tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """ids [B, T] -> what the first layer gets [B, T, d]."""
+        x: Tensor = self.embed(input_ids)
+        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> logits [..., V]."""
@@ -113,8 +140,19 @@ class CausalLM(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int = 0) -> Cache:
         """An empty cache with room for max_length tokens (it grows beyond)."""
+        for i, spec in enumerate(self.config.specs):
+            if spec.ffn is not None and not spec.ffn.causal:
+                raise CacheError(
+                    f"layer {i}: experts that choose tokens look at later ones and cannot decode"
+                )
+        return self._cache(cast("list[Layer]", list(self.layers)), batch_size, max_length)
+
+    def new_mtp_cache(self, batch_size: int, max_length: int = 0) -> Cache:
+        """The same for the layers of `mtp`."""
+        return self._cache([cast("MTP", module).layer for module in self.mtp], batch_size, max_length)
+
+    def _cache(self, layers: list[Layer], batch_size: int, max_length: int) -> Cache:
         weight = self.embed.weight
-        layers = cast("list[Layer]", list(self.layers))
         device, dtype = weight.device, weight.dtype
         states = [layer.new_state(batch_size, max_length, device, dtype) for layer in layers]
         return Cache(states, Timeline(batch_size, device))
@@ -125,6 +163,7 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        aux: Aux | None = None,
     ) -> Context:
         """Positions and masks of one call; checks what can be checked without reading tensors."""
         if input_ids.dim() != 2:
@@ -154,7 +193,8 @@ class CausalLM(nn.Module):
                 f"position {past + length - 1} is beyond the model's limit of "
                 f"{self.config.max_positions} positions"
             )
-        return Context((batch, length), device, positions, seq_idx, cache.timeline if cache else None)
+        timeline = cache.timeline if cache is not None else None
+        return Context((batch, length), device, positions, seq_idx, timeline, aux)
 
     def backbone(
         self,
@@ -162,21 +202,58 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        aux: list[Tensor] | None = None,
+        aux: Aux | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, d] after the final norm."""
-        ctx = self.context(input_ids, cache, positions, cu_seqlens)
-        x = self.embed(input_ids)
-        if self.config.embed_scale != 1:
-            x = x * self.config.embed_scale
-        save_memory = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        """Hidden states [B, T, d] after the final norm; blocks report to `aux`."""
+        if aux is None and self.training and torch.is_grad_enabled():
+            aux = Aux()  # the loads are counted whoever asks
+        ctx = self.context(input_ids, cache, positions, cu_seqlens, aux)
+        x = self.embedded(input_ids)
         for i, layer in enumerate(self.layers):
             state = cache.states[i] if cache is not None else None
-            if save_memory:
-                x = checkpoint(layer, x, ctx, state, aux, use_reentrant=False)
-            else:
-                x = layer(x, ctx, state, aux)
+            x = self._run(layer, x, ctx, state)
+        if aux is not None and self.training and torch.is_grad_enabled():
+            self._count(aux, 0)
         return self.norm(x)
+
+    def _run(self, module: nn.Module, *args: object) -> Tensor:
+        save_memory = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        out: Tensor = checkpoint(module, *args, use_reentrant=False) if save_memory else module(*args)
+        return out
+
+    def _routers(self) -> list[MoE]:
+        """The layers whose selection bias follows their load."""
+        found = (module for module in self.modules() if isinstance(module, MoE))
+        return [module for module in found if module.selection_bias is not None]
+
+    def _count(self, aux: Aux, first: int) -> None:
+        """Add the loads of layers from `first` on to those since the last update.
+
+        Not where they are found, so that a layer that runs again (gradient checkpointing) counts once.
+        """
+        for router in self._routers():
+            if router.index >= first and router.index in aux.routings:
+                load = aux.routings[router.index].load
+                router.load = load if router.load is None else router.load + load
+
+    @torch.no_grad()
+    def update_router_bias(self, rate: float = 1e-3) -> None:
+        """Call after each optimiser step: bias += rate * sign(mean load - load), by the loads of all tokens
+        seen in training since the last call, over all processes (loss-free balancing, 2408.15664)."""
+        routers = self._routers()
+        if not routers:
+            return
+        biases = [cast("Tensor", router.selection_bias) for router in routers]
+        loads = [
+            b.new_zeros(b.shape) if r.load is None else r.load for r, b in zip(routers, biases, strict=True)
+        ]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            whole = torch.cat(loads)
+            torch.distributed.all_reduce(whole)
+            loads = list(whole.split([len(load) for load in loads]))
+        for router, bias, load in zip(routers, biases, loads, strict=True):
+            bias += rate * torch.sign(load.mean() - load)
+            router.load = None
 
     def forward(
         self,
@@ -189,22 +266,55 @@ class CausalLM(nn.Module):
         """input_ids [B, T] -> Output.
 
         labels [B, T] are the input ids themselves (-100 is ignored): token t is predicted from t - 1, the
-        loss is the mean over them. positions [B, T] (int64, -1 at left padding) and cu_seqlens [n + 1]
-        (packed sequences in one row) are optional; with a cache the tokens go on after those it holds.
+        loss is the mean over them; training adds the auxiliary losses and those of `mtp`. positions [B, T]
+        (int64, -1 at left padding) and cu_seqlens [n + 1] (packed sequences in one row) are optional; with a
+        cache the tokens go on after those it holds.
         """
-        aux: list[Tensor] = []
+        aux = Aux() if cache is None or self.training else None
         hidden = self.backbone(input_ids, cache, positions, cu_seqlens, aux)
-        extra: dict[str, Tensor] = {"depth_loss": torch.stack(aux).mean()} if aux else {}
         if labels is None:
+            extra = {} if aux is None else aux.losses() | aux.statistics()
             return Output(None, hidden, cache, extra, self.head, self.head(hidden))
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if cu_seqlens is not None:  # the first token of a sequence is not predicted from the one before
             targets = targets.clone()
             targets[0, cu_seqlens[1:-1] - 1] = -100
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
-        if aux:
-            loss = loss + extra["depth_loss"]
-        return Output(loss, hidden, cache, extra, self.head)
+        if aux is None:
+            return Output(loss, hidden, cache, {}, self.head)
+        if self.training and cache is None:
+            self._predict_further(input_ids, hidden, targets, positions, cu_seqlens, aux)
+        losses = aux.losses()
+        for value in losses.values():
+            loss = loss + value
+        return Output(loss, hidden, cache, losses | aux.statistics(), self.head)
+
+    def _predict_further(
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        targets: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        aux: Aux,
+    ) -> None:
+        """Report "mtp_loss"; targets [B, T] are those of the tokens' own prediction."""
+        mtp = self.config.mtp
+        for k, module in enumerate(self.mtp, 1):
+            if mtp is None or k >= input_ids.shape[1]:
+                break
+            at = None if positions is None else positions[:, :-k]
+            ctx = self.context(input_ids[:, :-k], None, at, cu_seqlens, aux)
+            hidden = self._run(module, self.embedded(input_ids[:, k:]), hidden[:, : ctx.length], ctx)
+            wanted = targets[:, k:]
+            if cu_seqlens is not None:  # the token k further on must belong to the same sequence
+                token = torch.arange(input_ids.shape[1], device=hidden.device)
+                seq_idx = torch.bucketize(token, cu_seqlens[1:], right=True)
+                wanted = wanted.masked_fill(seq_idx[k:] != seq_idx[:-k], -100)
+            loss = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, wanted.flatten())
+            aux.report("mtp_loss", k, loss * (mtp.weight / mtp.depth))
+        if torch.is_grad_enabled():
+            self._count(aux, len(self.layers))
 
     def init_weights(self, seed: int = 0) -> None:
         """Fill every parameter: N(0, init_std), or as its block says. Same seed, same bytes.

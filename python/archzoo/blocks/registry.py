@@ -69,7 +69,7 @@ class Mixer(nn.Module):
 
 
 class DepthPolicy(nn.Module):
-    """Runs a layer's body on some tokens: `forward(x, ctx, state, body) -> (y, mixed, aux loss)`."""
+    """Runs a layer's body on some tokens: `forward(x, ctx, state, body) -> (y, mixed)`."""
 
     def new_state(
         self, mixer: Mixer, batch: int, slots: int, device: torch.device, dtype: torch.dtype
@@ -104,6 +104,11 @@ class FfnConfig(BlockConfig):
     """Base of feed-forward configs."""
 
     slot = "ffns"
+
+    @property
+    def causal(self) -> bool:
+        """Whether the output of a token depends on no later one."""
+        return True
 
     def flops(self, hidden_size: int, tokens: int) -> int:
         """FLOPs (2 per multiply-add) of `tokens` tokens."""

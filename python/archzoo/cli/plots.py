@@ -36,3 +36,23 @@ def plot_lines(
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def plot_loads(path: Path, loads: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Heat maps of router loads, one a name: layers down, experts across, 1 = the mean of the layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = max(len(load) for load in loads.values())
+    figure = Figure(figsize=(8, (0.3 * layers + 0.8) * len(loads)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(loads), 1, squeeze=False)
+    for axes, (name, load) in zip(grid[:, 0], loads.items(), strict=True):
+        share = [[value * len(row) / max(sum(row), 1) for value in row] for row in load]
+        image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=4)
+        axes.set_title(name, fontsize=9)
+        axes.set_ylabel("layer")
+    grid[-1, 0].set_xlabel("expert")
+    figure.colorbar(image, ax=grid[:, 0], label="load / mean load")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

@@ -20,24 +20,42 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 
 def convert_command(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an attention model (Llama-like).")],
-    target: Annotated[str, typer.Argument(help="mla, mamba2 or zebra-llama.")],
+    target: Annotated[str, typer.Argument(help="mla, mamba2, zebra-llama or moe.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     layers: Annotated[
-        str | None, typer.Option(help="zebra-llama: its MLA layers, such as 0,5,10,14.")
+        str | None, typer.Option(help="The MLA layers of zebra-llama, those with experts of moe: 0,5,10.")
     ] = None,
     kv_rank: Annotated[int | None, typer.Option(help="Width of the cached latent.")] = None,
     q_rank: Annotated[int | None, typer.Option(help="Width of the query's latent.")] = None,
     energy: Annotated[float | None, typer.Option(help="Ranks per layer that keep this share of σ².")] = None,
-    seed: Annotated[int, typer.Option(help="Of what Mamba-2 does not take from attention.")] = 0,
+    experts: Annotated[
+        int | None, typer.Option(help="moe: copies of each dense feed-forward (default 4).")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="moe: routed experts of a token (default: those of 2 copies).")
+    ] = None,
+    segments: Annotated[int | None, typer.Option(help="moe: parts that each copy is cut into.")] = None,
+    shared: Annotated[int | None, typer.Option(help="moe: segments that are always on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what the source does not have.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Replace the attention of a pretrained model. The result needs `archzoo distill` to be useful."""
+    """Replace the attention of a pretrained model (`archzoo distill` follows) or its feed-forwards."""
     from archzoo import conversion, costs, zoo
 
     indices = None if layers is None else _indices(layers)
     model = zoo.load(folder, device=device)
     converted = conversion.convert(
-        model, target, layers=indices, kv_rank=kv_rank, q_rank=q_rank, energy=energy, seed=seed
+        model,
+        target,
+        layers=indices,
+        kv_rank=kv_rank,
+        q_rank=q_rank,
+        energy=energy,
+        experts=experts,
+        top_k=top_k,
+        segments=segments,
+        shared=shared,
+        seed=seed,
     )
     zoo.save(converted, out, extra_files=tokenizer_files(folder))
     was, now = (costs.cost(m.config) for m in (model, converted))

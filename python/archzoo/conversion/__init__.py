@@ -1,7 +1,8 @@
-"""Architecture surgery: a pretrained attention model into latent attention, Mamba-2 or a hybrid of both."""
+"""Architecture surgery: attention into latent attention, Mamba-2 or both; dense layers into experts."""
 
 from archzoo.conversion.selection import sensitivity, smart, smart_allows
 from archzoo.conversion.settings import Conversion
 from archzoo.conversion.surgery import assemble, convert
+from archzoo.conversion.upcycle import Upcycling
 
-__all__ = ["Conversion", "assemble", "convert", "sensitivity", "smart", "smart_allows"]
+__all__ = ["Conversion", "Upcycling", "assemble", "convert", "sensitivity", "smart", "smart_allows"]

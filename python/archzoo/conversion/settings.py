@@ -12,7 +12,7 @@ from archzoo.blocks.mixers.mla import MLAConfig
 from archzoo.blocks.rope import RopeConfig
 from archzoo.errors import ConfigError, UnknownNameError
 
-Target = Literal["mla", "mamba2", "zebra-llama"]
+Target = Literal["mla", "mamba2", "zebra-llama"]  # of the mixers; "moe" changes the feed-forwards
 
 
 class Conversion(BaseModel):
@@ -36,13 +36,11 @@ class Conversion(BaseModel):
     def of(cls, target: str, **given: Any) -> Self:
         """Validated settings; errors name the setting and what was found."""
         if target not in get_args(Target):
-            raise UnknownNameError("conversion target", target, get_args(Target))
+            raise UnknownNameError("conversion target", target, (*get_args(Target), "moe"))
         try:
             return cls.model_validate({"target": target, **given})
         except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(str(part) for part in fault["loc"])
-            raise ConfigError(f"convert: {where}: {fault['msg']}, found {fault['input']!r}") from None
+            raise ConfigError(fault(error)) from None
 
     def mla_layers(self, count: int) -> tuple[int, ...]:
         """Which of `count` layers become MLA, ascending."""
@@ -96,6 +94,13 @@ class Conversion(BaseModel):
             groups=source.heads,
             kv_heads=source.kv_heads,
         )
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong with the settings."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"convert: {where}: {first['msg']}, found {first['input']!r}"
 
 
 def layer_indices(layers: tuple[int, ...], count: int) -> tuple[int, ...]:

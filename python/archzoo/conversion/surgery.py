@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from archzoo.blocks.ffns.glu import SwiGLUConfig
+from archzoo.blocks.ffns.glu import GLU, SwiGLUConfig
 from archzoo.blocks.mixers.attention import Attention, AttentionConfig
 from archzoo.blocks.mixers.mla import MLAConfig
 from archzoo.blocks.registry import MixerConfig, Site
 from archzoo.configuration import LayerSpec, ModelConfig
 from archzoo.conversion.progress import Progress
 from archzoo.conversion.settings import Conversion, layer_indices
+from archzoo.conversion.upcycle import Upcycling, to_moe
 from archzoo.conversion.weights import to_mamba2, to_mla
 from archzoo.errors import InputError
 from archzoo.model import CausalLM
@@ -30,30 +31,44 @@ def convert(
     nope_dim: int | None = None,
     rope_dim: int | None = None,
     energy: float | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    segments: int | None = None,
+    shared: int | None = None,
     seed: int = 0,
 ) -> CausalLM:
-    """A new model with the attention of `model` replaced; it needs distillation to be useful.
+    """A new model with the attention or the feed-forwards of `model` replaced.
 
     Targets: "mla", every layer latent attention by SVD (X-EcoMLA, 2503.11132); "mamba2", every layer
     Mamba-2 that starts from the attention weights (MambaInLlama, 2408.15237); "zebra-llama", MLA at
-    `layers` and Mamba-2 elsewhere (2505.17272). Embeddings, norms, feed-forwards and head are copied, dtype
-    and device kept. `seed` fills what Mamba-2 does not take from attention; a layer gets the same values
-    whatever the others become. The other settings are explained at `Conversion`.
+    `layers` and Mamba-2 elsewhere (2505.17272); these need distillation to be useful, their settings are
+    explained at `Conversion`. "moe": experts out of the dense feed-forwards of `layers`, see `Upcycling`.
+    Everything else is copied, dtype and device kept, MTP modules left out. `seed` fills what the source does
+    not have (parts of Mamba-2, routers); a layer gets the same values whatever the others become.
     """
-    settings = Conversion.of(
-        target,
-        layers=None if layers is None else tuple(layers),
-        kv_rank=kv_rank,
-        q_rank=q_rank,
-        nope_dim=nope_dim,
-        rope_dim=rope_dim,
-        energy=energy,
-    )
+    options = {
+        "layers": None if layers is None else tuple(layers),
+        "kv_rank": kv_rank,
+        "q_rank": q_rank,
+        "nope_dim": nope_dim,
+        "rope_dim": rope_dim,
+        "energy": energy,
+        "experts": experts,
+        "top_k": top_k,
+        "segments": segments,
+        "shared": shared,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if model.embed.weight.is_meta:
+        raise InputError("convert needs a model with weights, found one on the 'meta' device")
+    if target == "moe":
+        return _upcycle(model, Upcycling.of(**given), seed)
+    settings = Conversion.of(target, **given)
     source, count = model.config, len(model.layers)
     latent = settings.mla_layers(count)
     sources = _sources(model)
     mixers: list[MixerConfig] = []
-    state = {name: t.clone() for name, t in model.state_dict().items() if ".mixer." not in name}
+    state = {name: t.clone() for name, t in _main(model).items() if ".mixer." not in name}
     device = model.embed.weight.device
     with Progress("converting", count) as progress:
         for i, attention in enumerate(sources):
@@ -70,6 +85,26 @@ def convert(
             progress.step()
     suffix = _hybrid_suffix(len(latent), count) if target == "zebra-llama" else target
     return _filled(converted_config(source, mixers, f"{source.name}-{suffix}"), state, model.training)
+
+
+def _upcycle(model: CausalLM, settings: Upcycling, seed: int) -> CausalLM:
+    source, count = model.config, len(model.layers)
+    specs, state = list(source.specs), _main(model)
+    for i in settings.moe_layers(count):
+        moe = settings.moe(specs[i].ffn, source.hidden_size)
+        ffn = model.layers[i].ffn
+        assert isinstance(ffn, GLU)
+        generator = torch.Generator(model.embed.weight.device).manual_seed(seed * count + i)
+        weights = to_moe(ffn, moe, source.init_std, generator)
+        state = {name: t for name, t in state.items() if not name.startswith(f"layers.{i}.ffn.")}
+        state |= {f"layers.{i}.ffn.{name}": weight for name, weight in weights.items()}
+        specs[i] = specs[i].model_copy(update={"ffn": moe})
+    kept = {t.data_ptr() for t in model.state_dict().values()}
+    state = {name: t.clone() if t.data_ptr() in kept else t for name, t in state.items()}
+    data = source.model_dump(exclude={"layers", "mtp"}) | {"name": f"{source.name}-moe", "family": "archzoo"}
+    data["source"] = f"converted from {source.name}"
+    config = ModelConfig.from_dict(data | {"layers": _pattern(specs)}, data["name"])
+    return _filled(config, state, model.training)
 
 
 def assemble(mla_model: CausalLM, mamba2_model: CausalLM, layers: Sequence[int]) -> CausalLM:
@@ -113,15 +148,13 @@ def check_pair(mla_model: CausalLM, mamba2_model: CausalLM) -> None:
 def converted_config(source: ModelConfig, mixers: Sequence[MixerConfig], name: str) -> ModelConfig:
     """`source` with these mixers, one per layer; in the published layout ("zebra") if that can hold it."""
     specs = [s.model_copy(update={"mixer": m}) for s, m in zip(source.specs, mixers, strict=True)]
-    data = source.model_dump(exclude={"layers"}) | {"name": name, "family": _family(specs)}
+    data = source.model_dump(exclude={"layers", "mtp"}) | {"name": name, "family": _family(specs)}
     data["source"] = f"converted from {source.name}"
     return ModelConfig.from_dict(data | {"layers": _pattern(specs)}, name)
 
 
 def _sources(model: CausalLM) -> list[Attention]:
     """The attention modules of a dense Llama-like model; InputError names what else was found."""
-    if model.embed.weight.is_meta:
-        raise InputError("convert needs a model with weights, found one on the 'meta' device")
     found = []
     for i, (spec, layer) in enumerate(zip(model.config.specs, model.layers, strict=True)):
         c, mixer = spec.mixer, layer.mixer
@@ -135,6 +168,11 @@ def _sources(model: CausalLM) -> list[Attention]:
             raise InputError(f"layer {i}: convert needs depth 'every', found '{spec.depth.kind}'")
         found.append(mixer)
     return found
+
+
+def _main(model: CausalLM) -> dict[str, Tensor]:
+    """The model's tensors without those of MTP modules, whose layers are like the source's."""
+    return {name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")}
 
 
 def _filled(config: ModelConfig, state: dict[str, Tensor], training: bool) -> CausalLM:

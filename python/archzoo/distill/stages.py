@@ -19,6 +19,7 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from archzoo.blocks.context import Aux
 from archzoo.distill.losses import AnyDivergence, ForwardKL, HiddenLoss, hidden_loss, linear_distill_loss
 from archzoo.errors import ConfigError, InputError
 from archzoo.model import CausalLM
@@ -49,6 +50,7 @@ class StageBase(BaseModel):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: PositiveFloat = 1.0
+    router_bias_rate: float = Field(default=0.0, ge=0)  # of `CausalLM.update_router_bias`
     mixed_precision: Literal["no", "bf16"] = "no"
     # "token": mean over the tokens of a step. "batch": their sum divided by its sequences.
     reduction: Literal["token", "batch"] = "token"
@@ -179,11 +181,12 @@ class KDObjective(Objective):
         self.stage = stage
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Loss summed over the tokens that count."""
+        """Loss summed over the tokens that count, with the student's auxiliary losses (means) for each."""
+        aux = Aux()
         with torch.no_grad():
             hidden = self.teacher.backbone(input_ids)
-        return linear_distill_loss(
-            self.student.backbone(input_ids),
+        loss = linear_distill_loss(
+            self.student.backbone(input_ids, aux=aux),
             self.student.head_weight,
             hidden,
             self.teacher.head_weight,
@@ -194,6 +197,9 @@ class KDObjective(Objective):
             self.stage.kd_weight,
             reduction="sum",
         )
+        for extra in aux.losses().values():
+            loss = loss + extra * (labels != -100).sum()
+        return loss
 
     def step(self, input_ids: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         loss: Tensor = self(input_ids, labels) * scale

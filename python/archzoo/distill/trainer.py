@@ -191,6 +191,8 @@ class _Run:
                 f"stage '{stage.name}', step {self.step + 1}: the loss is {value}, the gradient norm {norm}"
             )
         self.optimizer.step()
+        if stage.router_bias_rate:
+            self.student.update_router_bias(stage.router_bias_rate)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = stage.batch_size * stage.seq_len * stage.accumulation * self.world

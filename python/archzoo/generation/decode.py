@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from archzoo.cache import Cache
 from archzoo.errors import InputError
 from archzoo.generation.sampling import check_sampling, probabilities
+from archzoo.generation.speculative import check_mtp, mtp_steps
 from archzoo.model import CausalLM
 
 
@@ -27,6 +29,7 @@ def generate(
     pad_token_id: int | None = None,
     seed: int | None = None,
     prefill_chunk: int | None = None,
+    use_mtp: bool = False,
     callback: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Continue prompts: ids [B, T] -> [B, T + new].
@@ -35,7 +38,8 @@ def generate(
     left with its attention_mask [B, T]. temperature 0 is greedy. A row ends at a stop token (default: the
     config's eos_token_id; an empty list never stops) and is filled with pad_token_id; the loop ends when
     all rows have. `callback` gets the new ids [B] of each step; `prefill_chunk` bounds the memory of long
-    prompts and does not change the result.
+    prompts and does not change the result. `use_mtp` lets the model's MTP modules draft tokens that the model
+    then verifies several at a time (greedy only; the same tokens).
     """
     check_sampling(temperature, top_k, top_p, min_p)
     config, device = model.config, model.embed.weight.device
@@ -57,33 +61,52 @@ def generate(
     stop = torch.tensor(stops, device=device, dtype=torch.long)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = model.new_cache(batch, length + max_new_tokens)
+    if use_mtp:
+        check_mtp(model, cache, temperature)
     step = prefill_chunk or length
+    chunks = []
     for start in range(0, length, step):
         part = slice(start, min(start + step, length))
         at = None if positions is None else positions[:, part]
         hidden = model.backbone(ids[:, part], cache, at)
+        if use_mtp:
+            chunks.append(hidden)
+
+    def pick(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1)
+        probs = probabilities(logits, temperature, top_k, top_p, min_p)
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+    if use_mtp:
+        steps = mtp_steps(model, ids, positions, torch.cat(chunks, 1), cache, max_new_tokens, ended)
+    else:
+        steps = _steps(model, hidden, cache, max_new_tokens, pick)
     out = ids.new_full((batch, length + max_new_tokens), pad)
     out[:, :length] = ids
-    for i in range(length, length + max_new_tokens):
-        logits = model.head(hidden[:, -1])
-        if temperature == 0:
-            new = logits.argmax(-1)
-        else:
-            probs = probabilities(logits, temperature, top_k, top_p, min_p)
-            new = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    for i, new in enumerate(steps, length):
         new = torch.where(ended, pad, new)
         out[:, i] = new
         if callback is not None:
             callback(new)
         if stops:
-            ended = ended | torch.isin(new, stop)
+            ended |= torch.isin(new, stop)
             if bool(ended.all()):
                 out = out[:, : i + 1]
                 break
-        if i + 1 < length + max_new_tokens:
-            hidden = model.backbone(new[:, None], cache)
     model.train(was_training)
     return out
+
+
+def _steps(
+    model: CausalLM, hidden: Tensor, cache: Cache, count: int, pick: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """`count` times the next token [B] of each row, one pass of the model each."""
+    for left in reversed(range(count)):
+        new = pick(model.head(hidden[:, -1]))
+        yield new
+        if left:
+            hidden = model.backbone(new[:, None], cache)
 
 
 def _stops(eos: int | tuple[int, ...] | None) -> list[int]:

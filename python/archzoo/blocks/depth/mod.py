@@ -73,7 +73,7 @@ class MixtureOfDepths(DepthPolicy):
 
     def __init__(self, config: MixtureOfDepthsConfig, site: Site) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.index = config, site.index
         self.router = Linear(site.hidden_size, 1, bias=False)
 
     def new_state(
@@ -84,25 +84,25 @@ class MixtureOfDepths(DepthPolicy):
 
     def forward(
         self, x: Tensor, ctx: Context, state: RoutedState | None, body: Body
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(y [B, T, d], the body's mixer output on the chosen tokens, auxiliary loss or None)."""
+    ) -> tuple[Tensor, Tensor]:
+        """(y [B, T, d], the body's mixer output on the chosen tokens); reports "depth_loss" in training."""
         scores = self.router(x).squeeze(-1)
         wide = scores.to(torch.promote_types(x.dtype, torch.float32))
         if ctx.valid is not None:
             wide = wide.masked_fill(~ctx.valid, float("-inf"))
         if self.training and state is None:
             index = self._top(wide)
-            chosen = torch.zeros_like(wide, dtype=torch.bool).scatter_(1, index, True)
-            loss = F.binary_cross_entropy_with_logits(wide, chosen.to(wide.dtype), reduction="none")
-            aux = loss.mean() if ctx.valid is None else loss[ctx.valid].mean()
+            if ctx.aux is not None:
+                chosen = torch.zeros_like(wide, dtype=torch.bool).scatter_(1, index, True)
+                loss = F.binary_cross_entropy_with_logits(wide, chosen.to(wide.dtype), reduction="none")
+                mean = loss.mean() if ctx.valid is None else loss[ctx.valid].mean()
+                ctx.aux.report("depth_loss", self.index, mean)
             real = None if ctx.valid is None else ctx.valid.gather(1, index)
         else:
             index, real = self._predicted(wide > 0)
-            aux = None
         if index.shape[1] == 0:
-            return x, x[:, :0], aux
-        y, mixed = self._run(x, scores, index, real, ctx, state, body)
-        return y, mixed, aux
+            return x, x[:, :0]
+        return self._run(x, scores, index, real, ctx, state, body)
 
     def _top(self, scores: Tensor) -> Tensor:
         """[B, k] the best positions of each row in ascending order; ties: lowest first."""
@@ -134,7 +134,7 @@ class MixtureOfDepths(DepthPolicy):
             positions = positions.masked_fill(~real, -1)
         seq_idx = None if ctx.seq_idx is None else ctx.seq_idx.gather(1, index)
         timeline = None if state is None else state.timeline
-        inner_ctx = Context((x.shape[0], index.shape[1]), x.device, positions, seq_idx, timeline)
+        inner_ctx = Context((x.shape[0], index.shape[1]), x.device, positions, seq_idx, timeline, ctx.aux)
         at = index[..., None].expand(-1, -1, x.shape[-1])
         picked = x.gather(1, at)
         out, mixed = body(picked, inner_ctx, None if state is None else state.inner)
