@@ -18,6 +18,7 @@ __all__ = [
     "gated_rms_norm",
     "instruction_set",
     "linear",
+    "plan",
     "rms_norm",
     "ssd_step",
     "write_shards",
@@ -129,6 +130,19 @@ def linear(
         bfloat16: Whether all are bfloat16 (else float32).
         threads: Most threads to use.
         parts: Address and rows of a weight, address of its bias (0: none), address of its output.
+    """
+
+def plan(
+    ids: int,
+    n: int,
+    experts: int,
+    top_k: int,
+    out: tuple[int, int, int, int, int],
+    threads: int,
+) -> None:
+    """Sorts `n` assignments `ids` (int64) by expert; `archzoo.ops.moe` is the only caller.
+
+    out: addresses of order, inverse, token (int64 `[n]`), counts and offsets (int32 `[experts]`).
     """
 
 def rms_norm(

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod decode;
 mod gate;
+mod plan;
 mod pool;
 
 use pyo3::prelude::*;
@@ -17,6 +18,8 @@ mod _rust {
     use super::decode::{attention, conv_step, gated_rms_norm, linear, rms_norm, ssd_step};
     #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::plan::plan;
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

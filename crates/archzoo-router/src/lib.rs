@@ -4,10 +4,14 @@
 //! multiply-adds, compiled once per set, and sums run over a fixed number of lanes.
 
 mod gate;
+mod parallel;
+mod plan;
 mod top_k;
 
 pub use archzoo_simd::InstructionSet;
 pub use gate::{Gate, GroupScore, Logits, PARALLEL, Score, gate, gate_with};
+pub use parallel::Threads;
+pub use plan::{Plan, plan};
 
 use std::fmt;
 
