@@ -1,10 +1,12 @@
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
-use crate::top_k::top_k;
-use crate::{Error, InstructionSet};
 use archzoo_simd::math::{self, LANES, from_bf16, from_f16};
+use archzoo_simd::multiversion;
+
+use crate::parallel::Disjoint;
+use crate::top_k::top_k;
+use crate::{Error, InstructionSet, Threads};
 
 /// Row-major router logits `[tokens, experts]`.
 #[derive(Debug, Clone, Copy)]
@@ -88,30 +90,85 @@ pub struct Gate<'a> {
 }
 
 /// Elements of the logits from which on several threads share the work.
-pub const PARALLEL: usize = 1 << 16;
+const PARALLEL: usize = 1 << 16;
 
 /// Routes each token: its experts by descending choice score, the lowest id first among equals, and their
-/// weights. Runs on rayon's current pool.
+/// weights.
 ///
 /// `weights` and `ids` are `[tokens, top_k]`, row-major.
-pub fn gate(logits: Logits, gate: &Gate, weights: &mut [f32], ids: &mut [i64]) -> Result<(), Error> {
-    gate_with(InstructionSet::current(), logits, gate, weights, ids)
+pub fn gate(
+    threads: Threads,
+    logits: Logits,
+    gate: &Gate,
+    weights: &mut [f32],
+    ids: &mut [i64],
+) -> Result<(), Error> {
+    gate_with(InstructionSet::current(), threads, logits, gate, weights, ids)
 }
 
 /// [`gate`] on a given instruction set (the baseline if this CPU lacks it).
 pub fn gate_with(
     set: InstructionSet,
+    threads: Threads,
     logits: Logits,
     gate: &Gate,
     weights: &mut [f32],
     ids: &mut [i64],
 ) -> Result<(), Error> {
     gate.check()?;
-    match logits {
-        Logits::F32(x) => run(set, x, |x| x, gate, weights, ids),
-        Logits::Bf16(x) => run(set, x, from_bf16, gate, weights, ids),
-        Logits::F16(x) => run(set, x, from_f16, gate, weights, ids),
+    let tokens = logits.len() / gate.experts;
+    for (name, len, expected) in [
+        ("logits", logits.len(), tokens * gate.experts),
+        ("weights", weights.len(), tokens * gate.top_k),
+        ("ids", ids.len(), tokens * gate.top_k),
+    ] {
+        if len != expected {
+            return Err(Error::Argument(format!("{name} must have {expected} elements, found {len}")));
+        }
     }
+    let shared = logits.len() >= PARALLEL && threads.count() > 1;
+    let tile = if shared { (PARALLEL / 4 / gate.experts).max(1) } else { tokens.max(1) };
+    let (weights, ids) = (Disjoint::new(weights), Disjoint::new(ids));
+    let fault = AtomicUsize::new(usize::MAX);
+    threads.run(tokens.div_ceil(tile), |i| {
+        let (start, len) = (i * tile * gate.top_k, tile * gate.top_k);
+        // SAFETY: the parts of one tile.
+        let (weights, ids) = unsafe { (weights.part(start, len), ids.part(start, len)) };
+        route(set, logits, i * tile, gate, weights, ids, &fault);
+    });
+    match fault.into_inner() {
+        usize::MAX => Ok(()),
+        token => Err(Error::NotANumber { token }),
+    }
+}
+
+impl Logits<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::Bf16(x) | Self::F16(x) => x.len(),
+        }
+    }
+
+    /// Copies the row from `start` on. False if it holds a NaN.
+    #[inline(always)]
+    fn copy_row(self, start: usize, to: &mut [f32]) -> bool {
+        match self {
+            Self::F32(x) => copy(&x[start..], to, |x| x),
+            Self::Bf16(x) => copy(&x[start..], to, from_bf16),
+            Self::F16(x) => copy(&x[start..], to, from_f16),
+        }
+    }
+}
+
+#[inline(always)]
+fn copy<T: Copy>(from: &[T], to: &mut [f32], widen: impl Fn(T) -> f32) -> bool {
+    let mut nan = false;
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = widen(from);
+        nan |= to.is_nan();
+    }
+    !nan
 }
 
 impl Gate<'_> {
@@ -152,109 +209,38 @@ impl Gate<'_> {
         }
         Ok(())
     }
+
+    /// Whether the choice needs scores: without a bias or a sum, the order of the logits is that of the
+    /// scores, and finer.
+    fn chooses_by_score(&self) -> bool {
+        let sums_scores = self.top_groups < self.groups && self.group_score == GroupScore::Top2Sum;
+        self.bias.is_some() || (sums_scores && self.score != Score::SoftmaxTopK)
+    }
 }
 
-fn run<T: Copy + Sync>(
-    set: InstructionSet,
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy + Sync,
-    gate: &Gate,
-    weights: &mut [f32],
-    ids: &mut [i64],
-) -> Result<(), Error> {
-    let tokens = logits.len() / gate.experts;
-    for (name, len, expected) in [
-        ("logits", logits.len(), tokens * gate.experts),
-        ("weights", weights.len(), tokens * gate.top_k),
-        ("ids", ids.len(), tokens * gate.top_k),
-    ] {
-        if len != expected {
-            return Err(Error::Argument(format!("{name} must have {expected} elements, found {len}")));
+multiversion! {
+    /// Routes the tokens of one tile; `fault` becomes the first bad token.
+    fn route(
+        logits: Logits<'_>, first: usize, gate: &Gate<'_>, weights: &mut [f32], ids: &mut [i64],
+        fault: &AtomicUsize,
+    ) {
+        // As few columns as the choice needs: a bound from more than k columns leaves fewer candidates.
+        let done = match gate.top_k {
+            0..=8 => rows::<16>(logits, first, gate, weights, ids),
+            9..=16 => rows::<32>(logits, first, gate, weights, ids),
+            _ => rows::<64>(logits, first, gate, weights, ids),
+        };
+        if let Err(token) = done {
+            fault.fetch_min(token, Ordering::Relaxed);
         }
     }
-    let shared = logits.len() >= PARALLEL && rayon::current_num_threads() > 1;
-    let tile = if shared { (PARALLEL / 4 / gate.experts).max(1) } else { tokens.max(1) };
-    let route = |i: usize, logits: &[T], weights: &mut [f32], ids: &mut [i64]| {
-        route_tile(set, logits, to_f32, gate, weights, ids).err().map(|token| i * tile + token)
-    };
-    let (tile_x, tile_k) = (tile * gate.experts, tile * gate.top_k);
-    let fault = if shared {
-        let tiles = weights.par_chunks_mut(tile_k).zip(ids.par_chunks_mut(tile_k));
-        let tiles = logits.par_chunks(tile_x).zip(tiles).enumerate();
-        tiles.filter_map(|(i, (x, (weights, ids)))| route(i, x, weights, ids)).min()
-    } else {
-        route(0, logits, weights, ids)
-    };
-    fault.map_or(Ok(()), |token| Err(Error::NotANumber { token }))
 }
 
-/// Picks the compiled version of [`route_rows`]. An error is the first bad token of the tile.
-fn route_tile<T: Copy>(
-    set: InstructionSet,
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy,
-    gate: &Gate,
-    weights: &mut [f32],
-    ids: &mut [i64],
-) -> Result<(), usize> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
-        fn avx2<T: Copy>(
-            logits: &[T],
-            to_f32: impl Fn(T) -> f32 + Copy,
-            gate: &Gate,
-            weights: &mut [f32],
-            ids: &mut [i64],
-        ) -> Result<(), usize> {
-            route_rows(logits, to_f32, gate, weights, ids)
-        }
-
-        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl")]
-        fn avx512<T: Copy>(
-            logits: &[T],
-            to_f32: impl Fn(T) -> f32 + Copy,
-            gate: &Gate,
-            weights: &mut [f32],
-            ids: &mut [i64],
-        ) -> Result<(), usize> {
-            route_rows(logits, to_f32, gate, weights, ids)
-        }
-
-        if set.is_supported() {
-            match set {
-                // SAFETY: the CPU has just been asked for these features.
-                InstructionSet::Avx2 => return unsafe { avx2(logits, to_f32, gate, weights, ids) },
-                // SAFETY: as above.
-                InstructionSet::Avx512 => return unsafe { avx512(logits, to_f32, gate, weights, ids) },
-                InstructionSet::Baseline => {}
-            }
-        }
-    }
-    let _ = set;
-    route_rows(logits, to_f32, gate, weights, ids)
-}
-
+/// `W`: columns of the search for the largest. An error is the first bad token.
 #[inline(always)]
-fn route_rows<T: Copy>(
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy,
-    gate: &Gate,
-    weights: &mut [f32],
-    ids: &mut [i64],
-) -> Result<(), usize> {
-    // As few columns as the choice needs: a bound from more than k columns leaves fewer candidates.
-    match gate.top_k {
-        0..=8 => rows::<T, 16>(logits, to_f32, gate, weights, ids),
-        9..=16 => rows::<T, 32>(logits, to_f32, gate, weights, ids),
-        _ => rows::<T, 64>(logits, to_f32, gate, weights, ids),
-    }
-}
-
-#[inline(always)]
-fn rows<T: Copy, const W: usize>(
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy,
+fn rows<const W: usize>(
+    logits: Logits,
+    first: usize,
     gate: &Gate,
     weights: &mut [f32],
     ids: &mut [i64],
@@ -263,96 +249,145 @@ fn rows<T: Copy, const W: usize>(
     let padded = experts.next_multiple_of(W);
     // Pads are -inf in the logits and in the bias, so they weigh nothing and come last in any choice.
     let mut logit = vec![f32::NEG_INFINITY; padded];
-    let mut score = vec![0.0; padded];
     let mut choice = vec![0.0; padded];
     let mut bias = vec![f32::NEG_INFINITY; padded];
     bias[..experts].fill(0.0);
     if let Some(values) = gate.bias {
         bias[..experts].copy_from_slice(values);
     }
+    let limited = gate.top_groups < gate.groups;
+    let by_score = gate.chooses_by_score();
     let mut groups = Groups::new(gate);
     let mut chosen = vec![0u32; gate.top_k];
+    let mut weight = vec![0.0; gate.top_k.next_multiple_of(LANES)];
 
-    let rows = logits.chunks_exact(experts).zip(weights.chunks_exact_mut(gate.top_k));
-    for (token, ((row, weights), ids)) in rows.zip(ids.chunks_exact_mut(gate.top_k)).enumerate() {
-        let mut nan = false;
-        for (to, &from) in logit[..experts].iter_mut().zip(row) {
-            *to = to_f32(from);
-            nan |= to.is_nan();
-        }
-        if nan {
+    let rows = weights.chunks_exact_mut(gate.top_k).zip(ids.chunks_exact_mut(gate.top_k));
+    for (token, (weights, ids)) in (first..).zip(rows) {
+        if !logits.copy_row(token * experts, &mut logit[..experts]) {
             return Err(token);
         }
+        // The sum of all e^(x - max), where it is needed: the weights that are kept sum to enough otherwise.
+        let (mut max, mut sum) = (0.0, 0.0);
+        if gate.score == Score::Softmax {
+            max = math::max(&logit);
+            if !max.is_finite() {
+                return Err(token); // an infinite logit, or none above -inf
+            }
+            if by_score {
+                exp(&mut choice, &logit, max);
+                sum = math::sum(&choice);
+            } else if !gate.renormalize {
+                sum = exp_sum(&logit, max);
+            }
+        }
+        if by_score {
+            match gate.score {
+                Score::Softmax => choice.iter_mut().for_each(|c| *c *= 1.0 / sum),
+                Score::Sigmoid => sigmoid(&mut choice, &logit),
+                Score::SoftmaxTopK => choice.copy_from_slice(&logit),
+            }
+            for (choice, &bias) in choice.iter_mut().zip(&bias) {
+                *choice += bias;
+            }
+        } else if limited {
+            choice.copy_from_slice(&logit);
+        }
+        if limited && !groups.drop_others(&mut choice) {
+            return Err(token);
+        }
+        top_k::<W>(if by_score || limited { &choice } else { &logit }, &mut chosen);
+
+        weight.fill(f32::NEG_INFINITY);
+        for ((weight, id), &expert) in weight.iter_mut().zip(ids).zip(&chosen) {
+            *weight = logit[expert as usize];
+            *id = i64::from(expert);
+        }
+        let mut denominator = 1.0;
         match gate.score {
             Score::Sigmoid => {
-                for (score, &x) in score.iter_mut().zip(&logit) {
-                    *score = 1.0 / (1.0 + math::exp(-x));
+                sigmoid_in_place(&mut weight);
+                if gate.renormalize {
+                    denominator = math::sum(&weight) + 1e-20;
                 }
             }
             Score::Softmax => {
-                let max = math::max(&logit);
-                for (score, &x) in score.iter_mut().zip(&logit) {
-                    *score = math::exp(x - max);
-                }
-                let sum = math::sum(&score);
-                // An infinite logit, or none above -inf.
+                exp_in_place(&mut weight, max);
+                denominator = if gate.renormalize { math::sum(&weight) + 1e-20 * sum } else { sum };
+            }
+            Score::SoftmaxTopK => {
+                let max = math::max(&weight);
                 if !max.is_finite() {
                     return Err(token);
                 }
-                for score in &mut score {
-                    *score /= sum;
-                }
+                exp_in_place(&mut weight, max);
+                denominator = math::sum(&weight);
             }
-            Score::SoftmaxTopK => score.copy_from_slice(&logit),
         }
-        for ((choice, &score), &bias) in choice.iter_mut().zip(&score).zip(&bias) {
-            *choice = score + bias;
+        let factor = gate.scale / denominator;
+        for (to, &weight) in weights.iter_mut().zip(&weight) {
+            *to = weight * factor;
         }
-        if gate.top_groups < gate.groups && !groups.drop_others(&mut choice) {
-            return Err(token);
-        }
-        top_k::<W>(&choice, &mut chosen);
-        for ((weight, id), &expert) in weights.iter_mut().zip(ids).zip(&chosen) {
-            *weight = score[expert as usize];
-            *id = i64::from(expert);
-        }
-        if gate.score == Score::SoftmaxTopK {
-            let max = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
-            if !max.is_finite() {
-                return Err(token);
-            }
-            weights.iter_mut().for_each(|w| *w = math::exp(*w - max));
-            let sum: f32 = weights.iter().sum();
-            weights.iter_mut().for_each(|w| *w /= sum);
-        }
-        if gate.renormalize {
-            let sum = weights.iter().sum::<f32>() + 1e-20;
-            weights.iter_mut().for_each(|w| *w /= sum);
-        }
-        weights.iter_mut().for_each(|w| *w *= gate.scale);
     }
     Ok(())
+}
+
+/// `to = e^(x - max)`.
+#[inline(always)]
+fn exp(to: &mut [f32], x: &[f32], max: f32) {
+    for (to, &x) in to.iter_mut().zip(x) {
+        *to = math::exp(x - max);
+    }
+}
+
+#[inline(always)]
+fn exp_in_place(x: &mut [f32], max: f32) {
+    x.iter_mut().for_each(|x| *x = math::exp(*x - max));
+}
+
+/// Sum of `e^(x - max)` over lanes in a fixed order.
+#[inline(always)]
+fn exp_sum(x: &[f32], max: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for row in x.as_chunks::<LANES>().0 {
+        for (lane, &x) in lanes.iter_mut().zip(row) {
+            *lane += math::exp(x - max);
+        }
+    }
+    math::sum(&lanes)
+}
+
+#[inline(always)]
+fn sigmoid(to: &mut [f32], x: &[f32]) {
+    for (to, &x) in to.iter_mut().zip(x) {
+        *to = 1.0 / (1.0 + math::exp(-x));
+    }
+}
+
+#[inline(always)]
+fn sigmoid_in_place(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = 1.0 / (1.0 + math::exp(-*x)));
 }
 
 /// Choice of groups, with its buffers.
 struct Groups {
     size: usize,
     count: usize,
+    kept: u32,
     score: GroupScore,
     scores: Vec<f32>,
-    kept: Vec<u32>,
-    is_kept: Vec<bool>,
+    before: Vec<u32>,
 }
 
 impl Groups {
     fn new(gate: &Gate) -> Self {
+        let padded = gate.groups.next_multiple_of(LANES);
         Self {
             size: gate.experts / gate.groups,
             count: gate.groups,
+            kept: gate.top_groups as u32,
             score: gate.group_score,
-            scores: vec![f32::NEG_INFINITY; gate.groups.next_multiple_of(LANES)],
-            kept: vec![0; gate.top_groups],
-            is_kept: vec![false; gate.groups],
+            scores: vec![f32::NEG_INFINITY; padded],
+            before: vec![0; padded],
         }
     }
 
@@ -371,15 +406,16 @@ impl Groups {
         if nan {
             return false;
         }
-        top_k::<LANES>(&self.scores, &mut self.kept);
-        self.is_kept.fill(false);
-        for &group in &self.kept {
-            self.is_kept[group as usize] = true;
-        }
-        for (group, &is_kept) in choice.chunks_exact_mut(self.size).zip(&self.is_kept) {
-            if !is_kept {
-                group.fill(f32::NEG_INFINITY);
+        // How many groups come before each; no branch depends on the scores.
+        self.before.fill(0);
+        for (other, &score) in self.scores.iter().enumerate().take(self.count) {
+            for (own, (before, &own_score)) in self.before.iter_mut().zip(&self.scores).enumerate() {
+                *before += u32::from((score > own_score) | ((score == own_score) & (other < own)));
             }
+        }
+        for (group, &before) in choice.chunks_exact_mut(self.size).zip(&self.before).take(self.count) {
+            let limit = if before < self.kept { f32::INFINITY } else { f32::NEG_INFINITY };
+            group.iter_mut().for_each(|choice| *choice = math::smaller(*choice, limit));
         }
         true
     }

@@ -9,7 +9,7 @@ mod plan;
 mod top_k;
 
 pub use archzoo_simd::InstructionSet;
-pub use gate::{Gate, GroupScore, Logits, PARALLEL, Score, gate, gate_with};
+pub use gate::{Gate, GroupScore, Logits, Score, gate, gate_with};
 pub use parallel::Threads;
 pub use plan::{Plan, plan};
 
