@@ -71,38 +71,31 @@ class FolderWriter:
     def __exit__(self, *_exception: object) -> None: ...
 
 def gate(
-    logits: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    logits: int,
     dtype: str,
+    tokens: int,
+    experts: int,
     top_k: int,
     score: str,
-    bias: npt.NDArray[np.float32] | None,
+    bias: int,
     groups: int,
     top_groups: int,
     group_score: str,
     renormalize: bool,
     scale: float,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Chooses each token's experts.
+    out: tuple[int, int],
+    threads: int,
+) -> None:
+    """Chooses each token's experts; `archzoo.ops.moe` is the only caller and says what the options mean.
 
     Args:
-        logits: `[T, E]`, C-contiguous; float32, or the bits of `dtype` "bfloat16" or "float16" as uint16.
+        logits: Address of `[tokens, experts]`.
         dtype: "float32", "bfloat16" or "float16".
-        top_k: Experts a token, `k`.
-        score: "softmax" or "sigmoid" of the logits, or "softmax_topk": choose by logit, then softmax over the
-            chosen.
-        bias: `[E]`, added to the scores for the choice only.
-        groups: Equal groups of neighbouring experts; 1 for none.
-        top_groups: Groups kept.
-        group_score: "top2_sum" or "max" of the group's choice scores.
-        renormalize: Divide the weights by their sum.
-        scale: Factor on the weights, after that.
-
-    Returns:
-        Weights `[T, k]` and ids `[T, k]`, by descending choice score, the lowest id first among equals.
+        bias: Address of `[experts]` float32; 0 for none.
+        out: Addresses of weights (float32) and ids (int64) `[tokens, top_k]`.
 
     Raises:
         ValueError: An argument is out of its range, or a token's scores are NaN.
-        TypeError: `logits` is no 2-D array of the stated storage.
     """
 
 def instruction_set() -> str:

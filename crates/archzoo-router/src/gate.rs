@@ -5,7 +5,7 @@ use archzoo_simd::math::{self, LANES, from_bf16, from_f16};
 use archzoo_simd::multiversion;
 
 use crate::parallel::Disjoint;
-use crate::top_k::top_k;
+use crate::top_k::{self, TOGETHER};
 use crate::{Error, InstructionSet, Threads};
 
 /// Row-major router logits `[tokens, experts]`.
@@ -245,11 +245,12 @@ fn rows<const W: usize>(
     weights: &mut [f32],
     ids: &mut [i64],
 ) -> Result<(), usize> {
-    let experts = gate.experts;
+    let (experts, top_k) = (gate.experts, gate.top_k);
     let padded = experts.next_multiple_of(W);
     // Pads are -inf in the logits and in the bias, so they weigh nothing and come last in any choice.
-    let mut logit = vec![f32::NEG_INFINITY; padded];
-    let mut choice = vec![0.0; padded];
+    let mut logit = vec![f32::NEG_INFINITY; TOGETHER * padded];
+    let mut choice = vec![f32::NEG_INFINITY; TOGETHER * padded];
+    let mut score = vec![0.0; padded];
     let mut bias = vec![f32::NEG_INFINITY; padded];
     bias[..experts].fill(0.0);
     if let Some(values) = gate.bias {
@@ -258,90 +259,100 @@ fn rows<const W: usize>(
     let limited = gate.top_groups < gate.groups;
     let by_score = gate.chooses_by_score();
     let mut groups = Groups::new(gate);
-    let mut chosen = vec![0u32; gate.top_k];
-    let mut weight = vec![0.0; gate.top_k.next_multiple_of(LANES)];
+    let mut chosen = vec![0u32; TOGETHER * top_k];
+    let (mut max, mut sum) = ([0.0; TOGETHER], [1.0; TOGETHER]);
 
-    let rows = weights.chunks_exact_mut(gate.top_k).zip(ids.chunks_exact_mut(gate.top_k));
-    for (token, (weights, ids)) in (first..).zip(rows) {
-        if !logits.copy_row(token * experts, &mut logit[..experts]) {
-            return Err(token);
+    let blocks = weights.chunks_mut(TOGETHER * top_k).zip(ids.chunks_mut(TOGETHER * top_k));
+    for (block, (weights, ids)) in blocks.enumerate() {
+        let first = first + block * TOGETHER;
+        let count = ids.len() / top_k;
+        for (i, logit) in logit.chunks_exact_mut(padded).enumerate().take(count) {
+            if !logits.copy_row((first + i) * experts, &mut logit[..experts]) {
+                return Err(first + i);
+            }
         }
-        // The sum of all e^(x - max), where it is needed: the weights that are kept sum to enough otherwise.
-        let (mut max, mut sum) = (0.0, 0.0);
         if gate.score == Score::Softmax {
-            max = math::max(&logit);
-            if !max.is_finite() {
-                return Err(token); // an infinite logit, or none above -inf
+            for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
+                max[i] = math::max(logit);
+                if !max[i].is_finite() {
+                    return Err(first + i); // an infinite logit, or none above -inf
+                }
             }
-            if by_score {
-                exp(&mut choice, &logit, max);
-                sum = math::sum(&choice);
-            } else if !gate.renormalize {
-                sum = exp_sum(&logit, max);
+            // Renormalised, the weights need this sum only where those kept could be very small.
+            if by_score || !gate.renormalize {
+                for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
+                    sum[i] = exp_sum(logit, max[i]);
+                }
             }
         }
-        if by_score {
-            match gate.score {
-                Score::Softmax => choice.iter_mut().for_each(|c| *c *= 1.0 / sum),
-                Score::Sigmoid => sigmoid(&mut choice, &logit),
-                Score::SoftmaxTopK => choice.copy_from_slice(&logit),
+        if by_score || limited {
+            let rows = logit.chunks_exact(padded).zip(choice.chunks_exact_mut(padded));
+            for (i, (logit, choice)) in rows.enumerate().take(count) {
+                let mut values = logit;
+                if by_score {
+                    let to = if limited { &mut score[..] } else { &mut choice[..] };
+                    choice_scores(gate.score, logit, &bias, max[i], sum[i], to);
+                    values = &score;
+                }
+                if limited && !groups.keep_best(values, choice) {
+                    return Err(first + i);
+                }
             }
-            for (choice, &bias) in choice.iter_mut().zip(&bias) {
-                *choice += bias;
-            }
-        } else if limited {
-            choice.copy_from_slice(&logit);
         }
-        if limited && !groups.drop_others(&mut choice) {
-            return Err(token);
-        }
-        top_k::<W>(if by_score || limited { &choice } else { &logit }, &mut chosen);
+        let values = if by_score || limited { &choice } else { &logit };
+        top_k::top_k::<W>(&values[..count * padded], padded, top_k, &mut chosen);
 
-        weight.fill(f32::NEG_INFINITY);
-        for ((weight, id), &expert) in weight.iter_mut().zip(ids).zip(&chosen) {
-            *weight = logit[expert as usize];
-            *id = i64::from(expert);
-        }
-        let mut denominator = 1.0;
-        match gate.score {
-            Score::Sigmoid => {
-                sigmoid_in_place(&mut weight);
-                if gate.renormalize {
-                    denominator = math::sum(&weight) + 1e-20;
+        let rows = weights.chunks_exact_mut(top_k).zip(ids.chunks_exact_mut(top_k));
+        for (i, ((weights, ids), chosen)) in rows.zip(chosen.chunks_exact(top_k)).enumerate() {
+            let logit = &logit[i * padded..(i + 1) * padded];
+            for ((weight, id), &expert) in weights.iter_mut().zip(ids).zip(chosen) {
+                *weight = logit[expert as usize];
+                *id = i64::from(expert);
+            }
+            if gate.score == Score::SoftmaxTopK {
+                max[i] = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
+                if !max[i].is_finite() {
+                    return Err(first + i);
                 }
             }
-            Score::Softmax => {
-                exp_in_place(&mut weight, max);
-                denominator = if gate.renormalize { math::sum(&weight) + 1e-20 * sum } else { sum };
-            }
-            Score::SoftmaxTopK => {
-                let max = math::max(&weight);
-                if !max.is_finite() {
-                    return Err(token);
-                }
-                exp_in_place(&mut weight, max);
-                denominator = math::sum(&weight);
-            }
+            weights.iter_mut().for_each(|w| *w -= max[i]);
         }
-        let factor = gate.scale / denominator;
-        for (to, &weight) in weights.iter_mut().zip(&weight) {
-            *to = weight * factor;
-        }
+        finish(gate, weights, &sum);
     }
     Ok(())
 }
 
-/// `to = e^(x - max)`.
+/// From the chosen logits (less the maximum, for a softmax) to weights, for a block of tokens at once.
 #[inline(always)]
-fn exp(to: &mut [f32], x: &[f32], max: f32) {
-    for (to, &x) in to.iter_mut().zip(x) {
-        *to = math::exp(x - max);
+fn finish(gate: &Gate, weights: &mut [f32], sums: &[f32]) {
+    match gate.score {
+        Score::Sigmoid => weights.iter_mut().for_each(|w| *w = 1.0 / (1.0 + math::exp(-*w))),
+        _ => weights.iter_mut().for_each(|w| *w = math::exp(*w)),
+    }
+    for (weights, &sum) in weights.chunks_exact_mut(gate.top_k).zip(sums) {
+        let kept = || weights.iter().sum::<f32>();
+        let denominator = match gate.score {
+            Score::SoftmaxTopK => kept(),
+            _ if gate.renormalize => kept() + 1e-20 * sum,
+            _ => sum,
+        };
+        let factor = gate.scale / denominator;
+        weights.iter_mut().for_each(|w| *w *= factor);
     }
 }
 
+/// Scores and bias of a row.
 #[inline(always)]
-fn exp_in_place(x: &mut [f32], max: f32) {
-    x.iter_mut().for_each(|x| *x = math::exp(*x - max));
+fn choice_scores(score: Score, logit: &[f32], bias: &[f32], max: f32, sum: f32, to: &mut [f32]) {
+    let rows = to.iter_mut().zip(logit).zip(bias);
+    match score {
+        Score::Softmax => {
+            let factor = 1.0 / sum;
+            rows.for_each(|((to, &x), &bias)| *to = bounded_exp(x - max) * factor + bias);
+        }
+        Score::Sigmoid => rows.for_each(|((to, &x), &bias)| *to = 1.0 / (1.0 + bounded_exp(-x)) + bias),
+        Score::SoftmaxTopK => rows.for_each(|((to, &x), &bias)| *to = x + bias),
+    }
 }
 
 /// Sum of `e^(x - max)` over lanes in a fixed order.
@@ -350,50 +361,56 @@ fn exp_sum(x: &[f32], max: f32) -> f32 {
     let mut lanes = [0.0; LANES];
     for row in x.as_chunks::<LANES>().0 {
         for (lane, &x) in lanes.iter_mut().zip(row) {
-            *lane += math::exp(x - max);
+            *lane += bounded_exp(x - max);
         }
     }
     math::sum(&lanes)
 }
 
+/// `e^x` as [`math::exp`], but e^-87 below -87 (2e-38: nothing beside a score) and e^88 above 88, which saves
+/// a third of the work.
 #[inline(always)]
-fn sigmoid(to: &mut [f32], x: &[f32]) {
-    for (to, &x) in to.iter_mut().zip(x) {
-        *to = 1.0 / (1.0 + math::exp(-x));
-    }
-}
-
-#[inline(always)]
-fn sigmoid_in_place(x: &mut [f32]) {
-    x.iter_mut().for_each(|x| *x = 1.0 / (1.0 + math::exp(-*x)));
+fn bounded_exp(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 355.0 / 512.0; // few bits: its product with an integer is exact
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+    let x = math::smaller(math::larger(x, -87.0), 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    let r2 = r * r;
+    let low = (1.0 + r) + r2 * (1.0 / 2.0 + r * (1.0 / 6.0));
+    let high = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0 + r * (1.0 / 5040.0));
+    let p = low + r2 * r2 * high;
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23)) // times 2^n
 }
 
 /// Choice of groups, with its buffers.
 struct Groups {
     size: usize,
     count: usize,
-    kept: u32,
     score: GroupScore,
     scores: Vec<f32>,
-    before: Vec<u32>,
+    kept: Vec<u32>,
+    /// Infinity for the groups kept, -infinity for the others.
+    limits: Vec<f32>,
 }
 
 impl Groups {
     fn new(gate: &Gate) -> Self {
-        let padded = gate.groups.next_multiple_of(LANES);
         Self {
             size: gate.experts / gate.groups,
             count: gate.groups,
-            kept: gate.top_groups as u32,
             score: gate.group_score,
-            scores: vec![f32::NEG_INFINITY; padded],
-            before: vec![0; padded],
+            scores: vec![f32::NEG_INFINITY; gate.groups.next_multiple_of(LANES)],
+            kept: vec![0; gate.top_groups],
+            limits: vec![0.0; gate.groups],
         }
     }
 
-    /// Sets the choice scores of all but the best groups to -inf. False if a group's score is NaN.
+    /// Copies choice scores, with -inf for all but the best groups. False if a group's score is NaN.
     #[inline(always)]
-    fn drop_others(&mut self, choice: &mut [f32]) -> bool {
+    fn keep_best(&mut self, choice: &[f32], to: &mut [f32]) -> bool {
         let mut nan = false;
         for (score, group) in self.scores.iter_mut().zip(choice.chunks_exact(self.size)).take(self.count) {
             let (first, second) = two_best(group);
@@ -406,16 +423,22 @@ impl Groups {
         if nan {
             return false;
         }
-        // How many groups come before each; no branch depends on the scores.
-        self.before.fill(0);
-        for (other, &score) in self.scores.iter().enumerate().take(self.count) {
-            for (own, (before, &own_score)) in self.before.iter_mut().zip(&self.scores).enumerate() {
-                *before += u32::from((score > own_score) | ((score == own_score) & (other < own)));
+        if let [scores] = self.scores.as_chunks::<LANES>().0 {
+            let places = top_k::places(scores, self.count);
+            for (limit, &place) in self.limits.iter_mut().zip(&places) {
+                let is_kept = place < self.kept.len() as u64;
+                *limit = if is_kept { f32::INFINITY } else { f32::NEG_INFINITY };
             }
+        } else {
+            top_k::sort(&self.scores, &mut self.kept);
+            self.limits.fill(f32::NEG_INFINITY);
+            self.kept.iter().for_each(|&group| self.limits[group as usize] = f32::INFINITY);
         }
-        for (group, &before) in choice.chunks_exact_mut(self.size).zip(&self.before).take(self.count) {
-            let limit = if before < self.kept { f32::INFINITY } else { f32::NEG_INFINITY };
-            group.iter_mut().for_each(|choice| *choice = math::smaller(*choice, limit));
+        let groups = to.chunks_exact_mut(self.size).zip(choice.chunks_exact(self.size));
+        for ((to, from), &limit) in groups.zip(&self.limits) {
+            for (to, &from) in to.iter_mut().zip(from) {
+                *to = math::smaller(from, limit);
+            }
         }
         true
     }

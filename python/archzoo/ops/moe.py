@@ -3,6 +3,7 @@ sorted by expert."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +37,76 @@ def gate(
     """
     if logits.dim() != 2:
         raise InputError(f"gate: logits must be [tokens, experts], found {list(logits.shape)}")
+    if logits.dtype not in _DTYPES:
+        raise InputError(f"gate: logits must be floating point, found {logits.dtype}")
+    _check_gate(logits.shape[1], top_k, bias, groups, top_groups, scale)
+    trained = logits.requires_grad and torch.is_grad_enabled()
+    if not trained and addressable(logits, bias) and _is_native(logits):
+        return _native_gate(
+            logits, bias, top_k, score, groups, top_groups, group_score, renormalize, scale
+        )
     ids = torch.ops.archzoo.gate_ids(logits.detach(), bias, top_k, score, groups, top_groups, group_score)
     return gate_weights(logits, ids, score, renormalize, scale), ids
+
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+
+def _check_gate(
+    experts: int, top_k: int, bias: Tensor | None, groups: int, top_groups: int, scale: float
+) -> None:
+    if groups < 1 or experts % groups:
+        raise InputError(f"gate: groups must divide the {experts} experts, found {groups}")
+    if not 1 <= top_groups <= groups:
+        raise InputError(f"gate: top_groups must be in 1..={groups} (the groups), found {top_groups}")
+    most = experts // groups * top_groups
+    if not 1 <= top_k <= most:
+        raise InputError(
+            f"gate: top_k must be in 1..={most} (experts of {top_groups} of {groups} groups), found {top_k}"
+        )
+    if bias is not None and bias.shape != (experts,):
+        raise InputError(f"gate: bias must be [{experts}], found {list(bias.shape)}")
+    if not math.isfinite(scale):
+        raise InputError(f"gate: scale must be finite, found {scale}")
+
+
+def _is_native(logits: Tensor) -> bool:
+    return choose(logits) == "cpu" and logits.dtype != torch.float64
+
+
+def _native_gate(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    score: str,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
+    tokens, experts = logits.shape
+    weights = torch.empty(tokens, top_k)
+    ids = torch.empty(tokens, top_k, dtype=torch.int64)
+    address = 0
+    if bias is not None:
+        bias = bias.float().contiguous()
+        address = bias.data_ptr()
+    out = (weights.data_ptr(), ids.data_ptr())
+    try:
+        _rust.gate(
+            logits.data_ptr(), _DTYPES[logits.dtype], tokens, experts, top_k, score, address,
+            groups, top_groups, group_score, renormalize, scale, out, torch.get_num_threads(),
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"gate: {error}") from None
+    return weights, ids
 
 
 def gate_weights(logits: Tensor, ids: Tensor, score: Score, renormalize: bool, scale: float) -> Tensor:
@@ -62,12 +131,16 @@ def _reference_ids(
     group_score: str,
 ) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    choice = {"softmax": lambda t: t.softmax(-1), "sigmoid": torch.sigmoid}.get(score, lambda t: t)(wide)
+    choice = wide
+    # Without a bias or a sum over a group the order of the logits is that of the scores, and finer.
+    if bias is not None or (top_groups < groups and group_score == "top2_sum"):
+        choice = wide.softmax(-1) if score == "softmax" else wide.sigmoid() if score == "sigmoid" else wide
     if bias is not None:
         choice = choice + bias
-    if groups > 1:
+    if top_groups < groups:
         grouped = choice.unflatten(-1, (groups, -1))
-        best = grouped.topk(2, -1).values.sum(-1) if group_score == "top2_sum" else grouped.amax(-1)
+        two = min(2, grouped.shape[-1])
+        best = grouped.topk(two, -1).values.sum(-1) if group_score == "top2_sum" else grouped.amax(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, _top(best, top_groups), True)
         choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
     return _top(choice, top_k)
@@ -88,13 +161,9 @@ def _gate_ids(
     top_groups: int,
     group_score: str,
 ) -> Tensor:
-    if choose(logits) == "cpu" and logits.dtype != torch.float64:
-        array = logits.contiguous()
-        raw = array.numpy() if array.dtype == torch.float32 else array.view(torch.uint16).numpy()
-        extra = None if bias is None else bias.detach().float().contiguous().numpy()
-        name = str(array.dtype).removeprefix("torch.")
-        _, ids = _rust.gate(raw, name, top_k, score, extra, groups, top_groups, group_score, False, 1.0)
-        return torch.from_numpy(ids)
+    if _is_native(logits):
+        options = (top_k, score, groups, top_groups, group_score, False, 1.0)
+        return _native_gate(logits, bias, *options)[1]
     return _reference_ids(logits, bias, top_k, score, groups, top_groups, group_score)
 
 
