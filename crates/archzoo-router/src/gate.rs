@@ -306,16 +306,16 @@ fn rows<const W: usize>(
         for (i, ((weights, ids), chosen)) in rows.zip(chosen.chunks_exact(top_k)).enumerate() {
             let logit = &logit[i * padded..(i + 1) * padded];
             for ((weight, id), &expert) in weights.iter_mut().zip(ids).zip(chosen) {
-                *weight = logit[expert as usize];
+                *weight = logit[expert as usize] - max[i];
                 *id = i64::from(expert);
             }
             if gate.score == Score::SoftmaxTopK {
-                max[i] = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
-                if !max[i].is_finite() {
+                let max = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
+                if !max.is_finite() {
                     return Err(first + i);
                 }
+                weights.iter_mut().for_each(|w| *w -= max);
             }
-            weights.iter_mut().for_each(|w| *w -= max[i]);
         }
         finish(gate, weights, &sum);
     }
@@ -367,17 +367,16 @@ fn exp_sum(x: &[f32], max: f32) -> f32 {
     math::sum(&lanes)
 }
 
-/// `e^x` as [`math::exp`], but e^-87 below -87 (2e-38: nothing beside a score) and e^88 above 88, which saves
-/// a third of the work.
+/// `e^x`, but e^-87 below -87 (2e-38: nothing beside a score) and e^88 above 88. Off by |x| / 2^24 of itself,
+/// which no sum of scores or score feels: where |x| is large, the result or its share is small.
 #[inline(always)]
 fn bounded_exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 355.0 / 512.0; // few bits: its product with an integer is exact
-    const LN2_LOW: f32 = -2.121_944_4e-4;
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
-    let x = math::smaller(math::larger(x, -87.0), 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    const LN2: f32 = std::f32::consts::LN_2;
+    let x = math::smaller(math::larger(x, -87.0), 88.0) * std::f32::consts::LOG2_E;
+    let shifted = x + ROUND;
+    let r = (x - (shifted - ROUND)) * LN2;
+    // The Taylor polynomial of degree 7, in pairs: the terms of a pair do not wait for another.
     let r2 = r * r;
     let low = (1.0 + r) + r2 * (1.0 / 2.0 + r * (1.0 / 6.0));
     let high = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0 + r * (1.0 / 5040.0));
@@ -411,16 +410,15 @@ impl Groups {
     /// Copies choice scores, with -inf for all but the best groups. False if a group's score is NaN.
     #[inline(always)]
     fn keep_best(&mut self, choice: &[f32], to: &mut [f32]) -> bool {
-        let mut nan = false;
-        for (score, group) in self.scores.iter_mut().zip(choice.chunks_exact(self.size)).take(self.count) {
-            let (first, second) = two_best(group);
-            *score = match self.score {
-                GroupScore::Top2Sum if self.size > 1 => first + second,
-                _ => first,
-            };
-            nan |= score.is_nan();
+        let scores = self.scores.iter_mut().zip(choice.chunks_exact(self.size)).take(self.count);
+        match self.score {
+            GroupScore::Top2Sum if self.size > 1 => scores.for_each(|(score, group)| {
+                let (first, second) = two_best(group);
+                *score = first + second;
+            }),
+            _ => scores.for_each(|(score, group)| *score = two_best(group).0),
         }
-        if nan {
+        if self.scores.iter().any(|score| score.is_nan()) {
             return false;
         }
         if let [scores] = self.scores.as_chunks::<LANES>().0 {
