@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "attention",
     "conv_step",
+    "eplb",
     "gate",
     "gated_rms_norm",
     "instruction_set",
@@ -69,6 +70,19 @@ class FolderWriter:
         """Removes the temporary folder. Does nothing after a commit."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
+
+def eplb(
+    load: int,
+    layers: int,
+    cluster: tuple[int, int, int, int, int],
+    out: tuple[int, int, int],
+    threads: int,
+) -> None:
+    """Places experts by load (float32 `[layers, experts]`); `archzoo.parallel` is the only caller.
+
+    cluster: experts, replicas, groups, nodes, gpus. out: addresses of expert and rank of each slot (int64
+    `[layers, replicas]`) and of the replicas of each expert (int64 `[layers, experts]`).
+    """
 
 def gate(
     logits: int,

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod decode;
+mod eplb;
 mod gate;
 mod plan;
 mod pool;
@@ -16,6 +17,8 @@ mod _rust {
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
     use super::decode::{attention, conv_step, gated_rms_norm, linear, rms_norm, ssd_step};
+    #[pymodule_export]
+    use super::eplb::eplb;
     #[pymodule_export]
     use super::gate::gate;
     #[pymodule_export]

@@ -1,0 +1,2 @@
+"""stub"""
+Link = Traffic = decode_bound = simulate = None
