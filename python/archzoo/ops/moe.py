@@ -257,3 +257,101 @@ def _plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 @_plan.register_fake
 def _(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty_plan(ids, num_experts)
+
+
+def align_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments sorted by expert with each expert's rows padded to whole blocks, for kernels of fixed tiles.
+
+    Of ids [T, k] int64: assignments int32 [T * k + E * (block - 1)], pads being T * k; the expert of each block
+    int32, 0 behind the last; and the number of rows up to there, int32 []. The id E is left out.
+    """
+    if block < 1:
+        raise InputError(f"align_blocks: block must be at least 1, found {block}")
+    n = ids.numel()
+    most = n + num_experts * (block - 1)
+    if most >= 2**31:
+        raise InputError(
+            f"align_blocks: {n} assignments of {num_experts} experts padded to blocks of {block} need {most} "
+            f"rows, but rows are int32"
+        )
+    sorted_rows = plan(ids, num_experts)
+    blocks = (sorted_rows.counts + (block - 1)) // block
+    ends = blocks.cumsum(0)  # in blocks
+    # How far padding moves each expert's rows; rows without an expert go behind all others.
+    shift = (ends - blocks) * block - (sorted_rows.offsets - sorted_rows.counts)
+    expert = ids.flatten()[sorted_rows.order]
+    row = torch.arange(n, device=ids.device) + torch.cat([shift, shift.new_zeros(1)])[expert]
+    row = torch.where(expert < num_experts, row, most)
+    rows = torch.full((most + 1,), n, dtype=torch.int32, device=ids.device)
+    rows.scatter_(0, row, sorted_rows.order.int())
+    which = torch.arange(-(-most // block), device=ids.device)
+    experts = torch.searchsorted(ends, which, right=True, out_int32=True)
+    experts = torch.where(experts < num_experts, experts, 0)
+    return rows[:most], experts, (ends[-1] * block).int()
+
+
+Policy = Literal["position", "probability", "random", "batch_prioritised"]
+
+
+def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float, minimum: int = 4) -> int:
+    """Rows an expert may take: `factor` times an even share, rounded up."""
+    return max(math.ceil(tokens * top_k / num_experts * factor), minimum)
+
+
+def capacity(
+    ids: Tensor,
+    num_experts: int,
+    capacity: int,
+    *,
+    policy: Policy = "position",
+    weights: Tensor | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """ids [T, k] int64 with E in place of those beyond an expert's capacity; min(count, capacity) stay.
+
+    Who comes first: "position" all first choices in the order of tokens, then all second ones (GShard, Switch);
+    "probability" the largest weight [T, k]; "random" a draw from `seed`, the same on every device;
+    "batch_prioritised" as position, but with the tokens of the largest weight first (V-MoE).
+    """
+    if ids.dim() != 2:
+        raise InputError(f"capacity: ids must be [tokens, k], found {list(ids.shape)}")
+    if capacity < 0:
+        raise InputError(f"capacity: capacity must be at least 0, found {capacity}")
+    priority = _priority(ids, policy, weights, seed)
+    flat = ids.flatten()[priority]
+    sorted_rows = plan(flat, num_experts)
+    starts = torch.cat([sorted_rows.offsets - sorted_rows.counts, sorted_rows.counts.new_zeros(1)])
+    kept = sorted_rows.inverse - starts[flat] < capacity
+    left = ids.new_empty(ids.numel()).scatter_(0, priority, torch.where(kept, flat, num_experts))
+    return left.view_as(ids)
+
+
+def _priority(ids: Tensor, policy: str, weights: Tensor | None, seed: int | None) -> Tensor:
+    """[T * k]: assignments, the first to be served first."""
+    index = torch.arange(ids.numel(), device=ids.device)
+    if policy == "position":
+        return index.view_as(ids).t().flatten()
+    if policy == "random":
+        if seed is None:
+            raise InputError("capacity: policy 'random' needs a seed")
+        return _mix(index + _mix(torch.tensor(seed % 2**63, device=ids.device))).argsort(stable=True)
+    if policy not in ("probability", "batch_prioritised"):
+        known = "position, probability, random, batch_prioritised"
+        raise InputError(f"capacity: policy must be one of {known}, found {policy!r}")
+    if weights is None or weights.shape != ids.shape:
+        found = None if weights is None else list(weights.shape)
+        raise InputError(f"capacity: policy {policy!r} needs weights {list(ids.shape)}, found {found}")
+    if policy == "probability":
+        return weights.flatten().argsort(descending=True, stable=True)
+    if not ids.numel():
+        return index
+    tokens = weights.amax(1).argsort(descending=True, stable=True)
+    return index.view_as(ids)[tokens].t().flatten()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A hash of each int64 (splitmix64): random numbers that depend on their position alone."""
+    x = x * -7046029254386353131
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & (2**33 - 1))
