@@ -210,8 +210,8 @@ impl Gate<'_> {
         Ok(())
     }
 
-    /// Whether the choice needs scores: without a bias or a sum, the order of the logits is that of the
-    /// scores, and finer.
+    /// Whether the choice needs scores: without a bias or a sum over a group, the order of the logits is that of
+    /// the scores, and finer.
     fn chooses_by_score(&self) -> bool {
         let sums_scores = self.top_groups < self.groups && self.group_score == GroupScore::Top2Sum;
         self.bias.is_some() || (sums_scores && self.score != Score::SoftmaxTopK)
@@ -288,13 +288,16 @@ fn rows<const W: usize>(
         if by_score || limited {
             let rows = logit.chunks_exact(padded).zip(choice.chunks_exact_mut(padded));
             for (i, (logit, choice)) in rows.enumerate().take(count) {
-                let mut values = logit;
-                if by_score {
-                    let to = if limited { &mut score[..] } else { &mut choice[..] };
-                    choice_scores(gate.score, logit, &bias, max[i], sum[i], to);
-                    values = &score;
+                if !limited {
+                    choice_scores(gate.score, logit, &bias, max[i], sum[i], choice);
+                    continue;
                 }
-                if limited && !groups.keep_best(values, choice) {
+                if by_score {
+                    choice_scores(gate.score, logit, &bias, max[i], sum[i], &mut score);
+                }
+                let for_groups = if by_score { &score } else { logit };
+                let for_experts = if gate.bias.is_some() { &score } else { logit };
+                if !groups.keep_best(for_groups, for_experts, choice) {
                     return Err(first + i);
                 }
             }
@@ -407,10 +410,10 @@ impl Groups {
         }
     }
 
-    /// Copies choice scores, with -inf for all but the best groups. False if a group's score is NaN.
+    /// Copies `values`, with -inf for all but the groups of the best `scores`. False if a group's score is NaN.
     #[inline(always)]
-    fn keep_best(&mut self, choice: &[f32], to: &mut [f32]) -> bool {
-        let scores = self.scores.iter_mut().zip(choice.chunks_exact(self.size)).take(self.count);
+    fn keep_best(&mut self, scores: &[f32], values: &[f32], to: &mut [f32]) -> bool {
+        let scores = self.scores.iter_mut().zip(scores.chunks_exact(self.size)).take(self.count);
         match self.score {
             GroupScore::Top2Sum if self.size > 1 => scores.for_each(|(score, group)| {
                 let (first, second) = two_best(group);
@@ -432,7 +435,7 @@ impl Groups {
             self.limits.fill(f32::NEG_INFINITY);
             self.kept.iter().for_each(|&group| self.limits[group as usize] = f32::INFINITY);
         }
-        let groups = to.chunks_exact_mut(self.size).zip(choice.chunks_exact(self.size));
+        let groups = to.chunks_exact_mut(self.size).zip(values.chunks_exact(self.size));
         for ((to, from), &limit) in groups.zip(&self.limits) {
             for (to, &from) in to.iter_mut().zip(from) {
                 *to = math::smaller(from, limit);

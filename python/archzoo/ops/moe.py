@@ -131,8 +131,8 @@ def _reference_ids(
     group_score: str,
 ) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    choice = wide
     # Without a bias or a sum over a group the order of the logits is that of the scores, and finer.
+    choice = wide
     if bias is not None or (top_groups < groups and group_score == "top2_sum"):
         choice = wide.softmax(-1) if score == "softmax" else wide.sigmoid() if score == "sigmoid" else wide
     if bias is not None:
@@ -142,6 +142,8 @@ def _reference_ids(
         two = min(2, grouped.shape[-1])
         best = grouped.topk(two, -1).values.sum(-1) if group_score == "top2_sum" else grouped.amax(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, _top(best, top_groups), True)
+        if bias is None:
+            grouped = wide.unflatten(-1, (groups, -1))
         choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
     return _top(choice, top_k)
 
