@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from harness import Row, interleaved, report
 from torch import Tensor
@@ -46,7 +48,9 @@ def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
 
 
-def reference(load: Tensor, replicas: int, groups: int, nodes: int, gpus: int) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    load: Tensor, replicas: int, groups: int, nodes: int, gpus: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Expert and rank of each slot [L, P], replicas of each expert [L, E]."""
     if groups % nodes:
         groups = nodes = 1
@@ -74,7 +78,9 @@ def main() -> None:
         "global, 36 GPUs": (288, 1, 1, 36),
         "global, 320 GPUs": (320, 1, 1, 320),
     }.items():
-        t = interleaved({"ours": lambda s=sizes: eplb(load, *s), "peer": lambda s=sizes: reference(load, *s)}, 3)
+        t = interleaved(
+            {"ours": lambda s=sizes: eplb(load, *s), "peer": lambda s=sizes: reference(load, *s)}, 3
+        )
         rows.append(
             Row(
                 f"EPLB of 58 x 256 experts: {name}", "ms", t["ours"] * 1e3, t["peer"] * 1e3, "torch",

@@ -90,7 +90,9 @@ def test_a_thousand_random_traces_equal_the_reference(
     experts: int, replicas: int, groups: int, nodes: int, gpus: int
 ) -> None:
     generator = torch.Generator().manual_seed(replicas)
-    load = torch.stack([torch.randperm(10_000, generator=generator)[:experts] + 1 for _ in range(250)]).float()
+    load = torch.stack(
+        [torch.randperm(10_000, generator=generator)[:experts] + 1 for _ in range(250)]
+    ).float()
     ours = eplb(load, replicas, groups, nodes, gpus)
     slots, rank, counts = reference(load, replicas, groups, nodes, gpus)
     assert torch.equal(ours.physical_to_logical, slots)

@@ -26,8 +26,7 @@ pub fn gate(
     out: (usize, usize),
     threads: usize,
 ) -> PyResult<()> {
-    let (score, group_score) =
-        (score.parse().map_err(to_python)?, group_score.parse().map_err(to_python)?);
+    let (score, group_score) = (score.parse().map_err(to_python)?, group_score.parse().map_err(to_python)?);
     let n = tokens * experts;
     // SAFETY: the caller passes live, contiguous tensors of these sizes that nobody else writes.
     let (logits, bias, weights, ids) = unsafe {
@@ -44,8 +43,7 @@ pub fn gate(
         let bias = (bias != 0).then(|| slice(bias, experts));
         (logits, bias, slice_mut(out.0, tokens * top_k), slice_mut(out.1, tokens * top_k))
     };
-    let gate =
-        Gate { experts, top_k, score, bias, groups, top_groups, group_score, renormalize, scale };
+    let gate = Gate { experts, top_k, score, bias, groups, top_groups, group_score, renormalize, scale };
     let pool = crate::pool::current()?;
     py.detach(|| archzoo_router::gate(Threads::new(&pool, threads), logits, &gate, weights, ids))
         .map_err(to_python)

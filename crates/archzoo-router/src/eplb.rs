@@ -54,8 +54,7 @@ pub fn eplb(threads: Threads, load: &[f32], cluster: Cluster, to: Placement) -> 
             at / experts
         )));
     }
-    let cluster =
-        if groups % nodes == 0 { cluster } else { Cluster { groups: 1, nodes: 1, ..cluster } };
+    let cluster = if groups % nodes == 0 { cluster } else { Cluster { groups: 1, nodes: 1, ..cluster } };
     let (slots, ranks) = (Disjoint::new(to.physical_to_logical), Disjoint::new(to.rank));
     let counts = Disjoint::new(to.counts);
     threads.run(layers, |i| {

@@ -87,7 +87,7 @@ pub fn plan(threads: Threads, ids: &[i64], experts: usize, top_k: usize, plan: P
 
 fn check_sizes(n: usize, experts: usize, top_k: usize, plan: &Plan) -> Result<(), Error> {
     const MOST: usize = i32::MAX as usize;
-    if experts < 1 || experts > MOST || n > MOST {
+    if !(1..=MOST).contains(&experts) || n > MOST {
         return Err(Error::Argument(format!(
             "experts must be in 1..={MOST} and the assignments at most as many, found {experts} and {n}"
         )));

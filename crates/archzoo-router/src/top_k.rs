@@ -125,8 +125,8 @@ fn reaching(lanes: &[f32; LANES], bound: f32) -> u16 {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{
-            _mm_castps_si128, _mm_cmpge_ps, _mm_loadu_ps, _mm_movemask_epi8, _mm_packs_epi16, _mm_packs_epi32,
-            _mm_set1_ps,
+            _mm_castps_si128, _mm_cmpge_ps, _mm_loadu_ps, _mm_movemask_epi8, _mm_packs_epi16,
+            _mm_packs_epi32, _mm_set1_ps,
         };
         // SAFETY: SSE2 is part of x86-64, and the four loads are inside the lanes.
         #[allow(unused_unsafe)]

@@ -42,9 +42,7 @@ def gate(
     _check_gate(logits.shape[1], top_k, bias, groups, top_groups, scale)
     trained = logits.requires_grad and torch.is_grad_enabled()
     if not trained and addressable(logits, bias) and _is_native(logits):
-        return _native_gate(
-            logits, bias, top_k, score, groups, top_groups, group_score, renormalize, scale
-        )
+        return _native_gate(logits, bias, top_k, score, groups, top_groups, group_score, renormalize, scale)
     ids = torch.ops.archzoo.gate_ids(logits.detach(), bias, top_k, score, groups, top_groups, group_score)
     return gate_weights(logits, ids, score, renormalize, scale), ids
 
@@ -202,7 +200,7 @@ class Plan:
 
 
 def plan(ids: Tensor, num_experts: int) -> Plan:
-    """The order of assignments ids [T, k] (or [T]) int64 by expert; the id E means no expert and sorts last."""
+    """The order of assignments ids [T, k] (or [T]) int64 by expert; the id E, no expert, sorts last."""
     if ids.dim() not in (1, 2) or ids.dtype != torch.int64:
         raise InputError(f"plan: ids must be int64 [tokens, k], found {ids.dtype} {list(ids.shape)}")
     if not 1 <= num_experts < 2**31 or ids.numel() >= 2**31:
@@ -262,10 +260,10 @@ def _(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 
 
 def align_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignments sorted by expert with each expert's rows padded to whole blocks, for kernels of fixed tiles.
+    """Assignments sorted by expert, each expert's rows padded to whole blocks, for kernels of fixed tiles.
 
-    Of ids [T, k] int64: assignments int32 [T * k + E * (block - 1)], pads being T * k; the expert of each block
-    int32, 0 behind the last; and the number of rows up to there, int32 []. The id E is left out.
+    Of ids [T, k] int64: assignments int32 [T * k + E * (block - 1)], pads being T * k; the expert of each
+    block int32, 0 behind the last; and the number of rows up to there, int32 []. The id E is left out.
     """
     if block < 1:
         raise InputError(f"align_blocks: block must be at least 1, found {block}")
@@ -311,7 +309,7 @@ def capacity(
 ) -> Tensor:
     """ids [T, k] int64 with E in place of those beyond an expert's capacity; min(count, capacity) stay.
 
-    Who comes first: "position" all first choices in the order of tokens, then all second ones (GShard, Switch);
+    Who comes first: "position" all first choices in the order of tokens, then all second ones (Switch);
     "probability" the largest weight [T, k]; "random" a draw from `seed`, the same on every device;
     "batch_prioritised" as position, but with the tokens of the largest weight first (V-MoE).
     """

@@ -1,4 +1,4 @@
-"""Redundant experts: which to replicate and where, so that GPUs have about the same load (DeepSeek's EPLB)."""
+"""Redundant experts: which to replicate and where, so that GPUs have about the same load (EPLB)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from archzoo.errors import InputError
 
 @dataclass(frozen=True)
 class Placement:
-    """Experts of L layers in P slots each; GPU g holds slots g * P / gpus and following. All int64, on the CPU."""
+    """Experts of L layers in P slots each, P / gpus slots to a GPU, neighbours together. Int64, on the CPU."""
 
     physical_to_logical: Tensor
     """[L, P]: the expert in each slot."""
@@ -26,8 +26,9 @@ class Placement:
 def eplb(load: Tensor, replicas: int, groups: int, nodes: int, gpus: int) -> Placement:
     """Place `replicas` copies of E experts by their load [L, E] (tokens, or any measure) on GPUs.
 
-    If the nodes divide the groups of neighbouring experts, groups are first packed onto nodes, so that a token
-    limited to a few groups stays on few nodes; else all experts are replicated and packed at once.
+    If the nodes divide the groups of neighbouring experts, groups are first packed onto nodes, so that a
+    token limited to a few groups stays on few nodes; else all experts are replicated and packed at once.
+    The algorithm is DeepSeek's.
     """
     if load.dim() != 2 or load.shape[1] < 1 or load.is_complex():
         raise InputError(f"eplb: load must be real [layers, experts], found {load.dtype} {list(load.shape)}")

@@ -59,9 +59,9 @@ def simulate(
 ) -> Traffic:
     """Replay ids [T, k] int64, or those of each layer, on nodes x GPUs.
 
-    Tokens are dealt evenly to the GPUs, neighbours together; a replica is chosen by the token's number. Without a
-    placement each GPU has E / GPUs neighbouring experts. Dispatch is FP8 with a 4-byte scale for each 128
-    channels, combine BF16. The id E means no expert.
+    Tokens are dealt evenly to the GPUs, neighbours together; a replica is chosen by the token's number.
+    Without a placement each GPU has E / GPUs neighbouring experts. Dispatch is FP8 with a 4-byte scale for
+    each 128 channels, combine BF16. The id E means no expert.
     """
     layers = [ids] if isinstance(ids, Tensor) else list(ids)
     gpus = nodes * gpus_per_node
@@ -89,9 +89,20 @@ def simulate(
         copies += layer_copies
         nodes_hit += layer_hits
     dispatch_bytes, combine_bytes = hidden + 4 * -(-hidden // 128), 2 * hidden
-    links = [Link(n * dispatch_bytes, n * combine_bytes) for n in copies.tolist()]
+    between, inside, every_between, every_inside = (
+        Link(n * dispatch_bytes, n * combine_bytes) for n in copies.tolist()
+    )
     load = torch.stack(loads)
-    return Traffic(*links, load, _imbalance(load), _imbalance(torch.stack(plain_loads)), nodes_hit)
+    return Traffic(
+        between_nodes=between,
+        inside_nodes=inside,
+        between_nodes_undeduplicated=every_between,
+        inside_nodes_undeduplicated=every_inside,
+        tokens_per_gpu=load,
+        imbalance=_imbalance(load),
+        plain_imbalance=_imbalance(torch.stack(plain_loads)),
+        nodes_hit=nodes_hit,
+    )
 
 
 def decode_bound(
@@ -109,8 +120,8 @@ def _check_placement(placement: Placement, layers: int, experts: int, gpus: int)
     slots = placement.physical_to_logical.shape
     if placement.replicas.shape != (layers, experts) or slots[1] % gpus:
         raise InputError(
-            f"simulate: the placement must have {layers} layers, {experts} experts and slots that {gpus} GPUs "
-            f"divide, found {list(placement.replicas.shape)} and {slots[1]} slots"
+            f"simulate: the placement must have {layers} layers, {experts} experts and slots that "
+            f"{gpus} GPUs divide, found {list(placement.replicas.shape)} and {slots[1]} slots"
         )
 
 
