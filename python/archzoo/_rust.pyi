@@ -15,12 +15,14 @@ __all__ = [
     "attention",
     "conv",
     "conv_step",
+    "eplb",
     "experts",
     "gate",
     "gated_rms_norm",
     "has_bfloat16",
     "instruction_set",
     "linear",
+    "plan",
     "rms_norm",
     "ssd_decay",
     "ssd_step",
@@ -73,39 +75,45 @@ class FolderWriter:
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 
+def eplb(
+    load: int,
+    layers: int,
+    cluster: tuple[int, int, int, int, int],
+    out: tuple[int, int, int],
+    threads: int,
+) -> None:
+    """Places experts by load (float32 `[layers, experts]`); `archzoo.parallel` is the only caller.
+
+    cluster: experts, replicas, groups, nodes, gpus. out: addresses of expert and rank of each slot (int64
+    `[layers, replicas]`) and of the replicas of each expert (int64 `[layers, experts]`).
+    """
+
 def gate(
-    logits: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    logits: int,
     dtype: str,
+    tokens: int,
+    experts: int,
     top_k: int,
     score: str,
-    bias: npt.NDArray[np.float32] | None,
+    bias: int,
     groups: int,
     top_groups: int,
     group_score: str,
     renormalize: bool,
     scale: float,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Chooses each token's experts.
+    out: tuple[int, int],
+    threads: int,
+) -> None:
+    """Chooses each token's experts; `archzoo.ops.moe` is the only caller and says what the options mean.
 
     Args:
-        logits: `[T, E]`, C-contiguous; float32, or the bits of `dtype` "bfloat16" or "float16" as uint16.
+        logits: Address of `[tokens, experts]`.
         dtype: "float32", "bfloat16" or "float16".
-        top_k: Experts a token, `k`.
-        score: "softmax" or "sigmoid" of the logits, or "softmax_topk": choose by logit, then softmax over the
-            chosen.
-        bias: `[E]`, added to the scores for the choice only.
-        groups: Equal groups of neighbouring experts; 1 for none.
-        top_groups: Groups kept.
-        group_score: "top2_sum" or "max" of the group's choice scores.
-        renormalize: Divide the weights by their sum.
-        scale: Factor on the weights, after that.
-
-    Returns:
-        Weights `[T, k]` and ids `[T, k]`, by descending choice score, the lowest id first among equals.
+        bias: Address of `[experts]` float32; 0 for none.
+        out: Addresses of weights (float32) and ids (int64) `[tokens, top_k]`.
 
     Raises:
         ValueError: An argument is out of its range, or a token's scores are NaN.
-        TypeError: `logits` is no 2-D array of the stated storage.
     """
 
 def has_bfloat16() -> bool:
@@ -136,6 +144,19 @@ def linear(
         bfloat16: Whether all are bfloat16 (else float32).
         threads: Most threads to use.
         parts: Address and rows of a weight, address of its bias (0: none), address of its output.
+    """
+
+def plan(
+    ids: int,
+    n: int,
+    experts: int,
+    top_k: int,
+    out: tuple[int, int, int, int, int],
+    threads: int,
+) -> None:
+    """Sorts `n` assignments `ids` (int64) by expert; `archzoo.ops.moe` is the only caller.
+
+    out: addresses of order, inverse, token (int64 `[n]`), counts and offsets (int32 `[experts]`).
     """
 
 def rms_norm(

@@ -386,7 +386,7 @@ unsafe fn cached<'a, T>(shape: Attention, at: (usize, [usize; 3]), dim: usize) -
 
 /// # Safety
 /// `address` points at `len` values that live for `'a`, or `len` is 0.
-unsafe fn slice<'a, T>(address: usize, len: usize) -> &'a [T] {
+pub(crate) unsafe fn slice<'a, T>(address: usize, len: usize) -> &'a [T] {
     if len == 0 {
         return &[];
     }
@@ -396,7 +396,7 @@ unsafe fn slice<'a, T>(address: usize, len: usize) -> &'a [T] {
 
 /// # Safety
 /// As `slice`, and nobody else uses the values.
-unsafe fn slice_mut<'a, T>(address: usize, len: usize) -> &'a mut [T] {
+pub(crate) unsafe fn slice_mut<'a, T>(address: usize, len: usize) -> &'a mut [T] {
     if len == 0 {
         return &mut [];
     }

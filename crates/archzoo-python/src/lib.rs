@@ -2,7 +2,9 @@
 
 mod checkpoint;
 mod decode;
+mod eplb;
 mod gate;
+mod plan;
 mod pool;
 
 use pyo3::prelude::*;
@@ -18,7 +20,11 @@ mod _rust {
         attention, conv, conv_step, experts, gated_rms_norm, linear, rms_norm, ssd_decay, ssd_step,
     };
     #[pymodule_export]
+    use super::eplb::eplb;
+    #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::plan::plan;
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

@@ -1,10 +1,12 @@
 use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
-use crate::top_k::top_k;
-use crate::{Error, InstructionSet};
 use archzoo_simd::math::{self, LANES, from_bf16, from_f16};
+use archzoo_simd::multiversion;
+
+use crate::parallel::Disjoint;
+use crate::top_k::{self, TOGETHER};
+use crate::{Error, InstructionSet, Threads};
 
 /// Row-major router logits `[tokens, experts]`.
 #[derive(Debug, Clone, Copy)]
@@ -88,30 +90,85 @@ pub struct Gate<'a> {
 }
 
 /// Elements of the logits from which on several threads share the work.
-pub const PARALLEL: usize = 1 << 16;
+const PARALLEL: usize = 1 << 16;
 
 /// Routes each token: its experts by descending choice score, the lowest id first among equals, and their
-/// weights. Runs on rayon's current pool.
+/// weights.
 ///
 /// `weights` and `ids` are `[tokens, top_k]`, row-major.
-pub fn gate(logits: Logits, gate: &Gate, weights: &mut [f32], ids: &mut [i64]) -> Result<(), Error> {
-    gate_with(InstructionSet::current(), logits, gate, weights, ids)
+pub fn gate(
+    threads: Threads,
+    logits: Logits,
+    gate: &Gate,
+    weights: &mut [f32],
+    ids: &mut [i64],
+) -> Result<(), Error> {
+    gate_with(InstructionSet::current(), threads, logits, gate, weights, ids)
 }
 
 /// [`gate`] on a given instruction set (the baseline if this CPU lacks it).
 pub fn gate_with(
     set: InstructionSet,
+    threads: Threads,
     logits: Logits,
     gate: &Gate,
     weights: &mut [f32],
     ids: &mut [i64],
 ) -> Result<(), Error> {
     gate.check()?;
-    match logits {
-        Logits::F32(x) => run(set, x, |x| x, gate, weights, ids),
-        Logits::Bf16(x) => run(set, x, from_bf16, gate, weights, ids),
-        Logits::F16(x) => run(set, x, from_f16, gate, weights, ids),
+    let tokens = logits.len() / gate.experts;
+    for (name, len, expected) in [
+        ("logits", logits.len(), tokens * gate.experts),
+        ("weights", weights.len(), tokens * gate.top_k),
+        ("ids", ids.len(), tokens * gate.top_k),
+    ] {
+        if len != expected {
+            return Err(Error::Argument(format!("{name} must have {expected} elements, found {len}")));
+        }
     }
+    let shared = logits.len() >= PARALLEL && threads.count() > 1;
+    let tile = if shared { (PARALLEL / 4 / gate.experts).max(1) } else { tokens.max(1) };
+    let (weights, ids) = (Disjoint::new(weights), Disjoint::new(ids));
+    let fault = AtomicUsize::new(usize::MAX);
+    threads.run(tokens.div_ceil(tile), |i| {
+        let (start, len) = (i * tile * gate.top_k, tile * gate.top_k);
+        // SAFETY: the parts of one tile.
+        let (weights, ids) = unsafe { (weights.part(start, len), ids.part(start, len)) };
+        route(set, logits, i * tile, gate, weights, ids, &fault);
+    });
+    match fault.into_inner() {
+        usize::MAX => Ok(()),
+        token => Err(Error::NotANumber { token }),
+    }
+}
+
+impl Logits<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::Bf16(x) | Self::F16(x) => x.len(),
+        }
+    }
+
+    /// Copies the row from `start` on. False if it holds a NaN.
+    #[inline(always)]
+    fn copy_row(self, start: usize, to: &mut [f32]) -> bool {
+        match self {
+            Self::F32(x) => copy(&x[start..], to, |x| x),
+            Self::Bf16(x) => copy(&x[start..], to, from_bf16),
+            Self::F16(x) => copy(&x[start..], to, from_f16),
+        }
+    }
+}
+
+#[inline(always)]
+fn copy<T: Copy>(from: &[T], to: &mut [f32], widen: impl Fn(T) -> f32) -> bool {
+    let mut nan = false;
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = widen(from);
+        nan |= to.is_nan();
+    }
+    !nan
 }
 
 impl Gate<'_> {
@@ -152,186 +209,182 @@ impl Gate<'_> {
         }
         Ok(())
     }
+
+    /// Whether the choice needs scores: without a bias or a sum over a group, the order of the logits is that of
+    /// the scores, and finer.
+    fn chooses_by_score(&self) -> bool {
+        let sums_scores = self.top_groups < self.groups && self.group_score == GroupScore::Top2Sum;
+        self.bias.is_some() || (sums_scores && self.score != Score::SoftmaxTopK)
+    }
 }
 
-fn run<T: Copy + Sync>(
-    set: InstructionSet,
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy + Sync,
-    gate: &Gate,
-    weights: &mut [f32],
-    ids: &mut [i64],
-) -> Result<(), Error> {
-    let tokens = logits.len() / gate.experts;
-    for (name, len, expected) in [
-        ("logits", logits.len(), tokens * gate.experts),
-        ("weights", weights.len(), tokens * gate.top_k),
-        ("ids", ids.len(), tokens * gate.top_k),
-    ] {
-        if len != expected {
-            return Err(Error::Argument(format!("{name} must have {expected} elements, found {len}")));
+multiversion! {
+    /// Routes the tokens of one tile; `fault` becomes the first bad token.
+    fn route(
+        logits: Logits<'_>, first: usize, gate: &Gate<'_>, weights: &mut [f32], ids: &mut [i64],
+        fault: &AtomicUsize,
+    ) {
+        // As few columns as the choice needs: a bound from more than k columns leaves fewer candidates.
+        let done = match gate.top_k {
+            0..=8 => rows::<16>(logits, first, gate, weights, ids),
+            9..=16 => rows::<32>(logits, first, gate, weights, ids),
+            _ => rows::<64>(logits, first, gate, weights, ids),
+        };
+        if let Err(token) = done {
+            fault.fetch_min(token, Ordering::Relaxed);
         }
     }
-    let shared = logits.len() >= PARALLEL && rayon::current_num_threads() > 1;
-    let tile = if shared { (PARALLEL / 4 / gate.experts).max(1) } else { tokens.max(1) };
-    let route = |i: usize, logits: &[T], weights: &mut [f32], ids: &mut [i64]| {
-        route_tile(set, logits, to_f32, gate, weights, ids).err().map(|token| i * tile + token)
-    };
-    let (tile_x, tile_k) = (tile * gate.experts, tile * gate.top_k);
-    let fault = if shared {
-        let tiles = weights.par_chunks_mut(tile_k).zip(ids.par_chunks_mut(tile_k));
-        let tiles = logits.par_chunks(tile_x).zip(tiles).enumerate();
-        tiles.filter_map(|(i, (x, (weights, ids)))| route(i, x, weights, ids)).min()
-    } else {
-        route(0, logits, weights, ids)
-    };
-    fault.map_or(Ok(()), |token| Err(Error::NotANumber { token }))
 }
 
-/// Picks the compiled version of [`route_rows`]. An error is the first bad token of the tile.
-fn route_tile<T: Copy>(
-    set: InstructionSet,
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy,
-    gate: &Gate,
-    weights: &mut [f32],
-    ids: &mut [i64],
-) -> Result<(), usize> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
-        fn avx2<T: Copy>(
-            logits: &[T],
-            to_f32: impl Fn(T) -> f32 + Copy,
-            gate: &Gate,
-            weights: &mut [f32],
-            ids: &mut [i64],
-        ) -> Result<(), usize> {
-            route_rows(logits, to_f32, gate, weights, ids)
-        }
-
-        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl")]
-        fn avx512<T: Copy>(
-            logits: &[T],
-            to_f32: impl Fn(T) -> f32 + Copy,
-            gate: &Gate,
-            weights: &mut [f32],
-            ids: &mut [i64],
-        ) -> Result<(), usize> {
-            route_rows(logits, to_f32, gate, weights, ids)
-        }
-
-        if set.is_supported() {
-            match set {
-                // SAFETY: the CPU has just been asked for these features.
-                InstructionSet::Avx2 => return unsafe { avx2(logits, to_f32, gate, weights, ids) },
-                // SAFETY: as above.
-                InstructionSet::Avx512 => return unsafe { avx512(logits, to_f32, gate, weights, ids) },
-                InstructionSet::Baseline => {}
-            }
-        }
-    }
-    let _ = set;
-    route_rows(logits, to_f32, gate, weights, ids)
-}
-
+/// `W`: columns of the search for the largest. An error is the first bad token.
 #[inline(always)]
-fn route_rows<T: Copy>(
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy,
+fn rows<const W: usize>(
+    logits: Logits,
+    first: usize,
     gate: &Gate,
     weights: &mut [f32],
     ids: &mut [i64],
 ) -> Result<(), usize> {
-    // As few columns as the choice needs: a bound from more than k columns leaves fewer candidates.
-    match gate.top_k {
-        0..=8 => rows::<T, 16>(logits, to_f32, gate, weights, ids),
-        9..=16 => rows::<T, 32>(logits, to_f32, gate, weights, ids),
-        _ => rows::<T, 64>(logits, to_f32, gate, weights, ids),
-    }
-}
-
-#[inline(always)]
-fn rows<T: Copy, const W: usize>(
-    logits: &[T],
-    to_f32: impl Fn(T) -> f32 + Copy,
-    gate: &Gate,
-    weights: &mut [f32],
-    ids: &mut [i64],
-) -> Result<(), usize> {
-    let experts = gate.experts;
+    let (experts, top_k) = (gate.experts, gate.top_k);
     let padded = experts.next_multiple_of(W);
     // Pads are -inf in the logits and in the bias, so they weigh nothing and come last in any choice.
-    let mut logit = vec![f32::NEG_INFINITY; padded];
+    let mut logit = vec![f32::NEG_INFINITY; TOGETHER * padded];
+    let mut choice = vec![f32::NEG_INFINITY; TOGETHER * padded];
     let mut score = vec![0.0; padded];
-    let mut choice = vec![0.0; padded];
     let mut bias = vec![f32::NEG_INFINITY; padded];
     bias[..experts].fill(0.0);
     if let Some(values) = gate.bias {
         bias[..experts].copy_from_slice(values);
     }
+    let limited = gate.top_groups < gate.groups;
+    let by_score = gate.chooses_by_score();
     let mut groups = Groups::new(gate);
-    let mut chosen = vec![0u32; gate.top_k];
+    let mut chosen = vec![0u32; TOGETHER * top_k];
+    let (mut max, mut sum) = ([0.0; TOGETHER], [1.0; TOGETHER]);
 
-    let rows = logits.chunks_exact(experts).zip(weights.chunks_exact_mut(gate.top_k));
-    for (token, ((row, weights), ids)) in rows.zip(ids.chunks_exact_mut(gate.top_k)).enumerate() {
-        let mut nan = false;
-        for (to, &from) in logit[..experts].iter_mut().zip(row) {
-            *to = to_f32(from);
-            nan |= to.is_nan();
+    let blocks = weights.chunks_mut(TOGETHER * top_k).zip(ids.chunks_mut(TOGETHER * top_k));
+    for (block, (weights, ids)) in blocks.enumerate() {
+        let first = first + block * TOGETHER;
+        let count = ids.len() / top_k;
+        for (i, logit) in logit.chunks_exact_mut(padded).enumerate().take(count) {
+            if !logits.copy_row((first + i) * experts, &mut logit[..experts]) {
+                return Err(first + i);
+            }
         }
-        if nan {
-            return Err(token);
-        }
-        match gate.score {
-            Score::Sigmoid => {
-                for (score, &x) in score.iter_mut().zip(&logit) {
-                    *score = 1.0 / (1.0 + math::exp(-x));
+        if gate.score == Score::Softmax {
+            for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
+                max[i] = math::max(logit);
+                if !max[i].is_finite() {
+                    return Err(first + i); // an infinite logit, or none above -inf
                 }
             }
-            Score::Softmax => {
-                let max = math::max(&logit);
-                for (score, &x) in score.iter_mut().zip(&logit) {
-                    *score = math::exp(x - max);
+            // Renormalised, the weights need this sum only where those kept could be very small.
+            if by_score || !gate.renormalize {
+                for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
+                    sum[i] = exp_sum(logit, max[i]);
                 }
-                let sum = math::sum(&score);
-                // An infinite logit, or none above -inf.
+            }
+        }
+        if by_score || limited {
+            let rows = logit.chunks_exact(padded).zip(choice.chunks_exact_mut(padded));
+            for (i, (logit, choice)) in rows.enumerate().take(count) {
+                if !limited {
+                    choice_scores(gate.score, logit, &bias, max[i], sum[i], choice);
+                    continue;
+                }
+                if by_score {
+                    choice_scores(gate.score, logit, &bias, max[i], sum[i], &mut score);
+                }
+                let for_groups = if by_score { &score } else { logit };
+                let for_experts = if gate.bias.is_some() { &score } else { logit };
+                if !groups.keep_best(for_groups, for_experts, choice) {
+                    return Err(first + i);
+                }
+            }
+        }
+        let values = if by_score || limited { &choice } else { &logit };
+        top_k::top_k::<W>(&values[..count * padded], padded, top_k, &mut chosen);
+
+        let rows = weights.chunks_exact_mut(top_k).zip(ids.chunks_exact_mut(top_k));
+        for (i, ((weights, ids), chosen)) in rows.zip(chosen.chunks_exact(top_k)).enumerate() {
+            let logit = &logit[i * padded..(i + 1) * padded];
+            for ((weight, id), &expert) in weights.iter_mut().zip(ids).zip(chosen) {
+                *weight = logit[expert as usize] - max[i];
+                *id = i64::from(expert);
+            }
+            if gate.score == Score::SoftmaxTopK {
+                let max = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
                 if !max.is_finite() {
-                    return Err(token);
+                    return Err(first + i);
                 }
-                for score in &mut score {
-                    *score /= sum;
-                }
+                weights.iter_mut().for_each(|w| *w -= max);
             }
-            Score::SoftmaxTopK => score.copy_from_slice(&logit),
         }
-        for ((choice, &score), &bias) in choice.iter_mut().zip(&score).zip(&bias) {
-            *choice = score + bias;
-        }
-        if gate.top_groups < gate.groups && !groups.drop_others(&mut choice) {
-            return Err(token);
-        }
-        top_k::<W>(&choice, &mut chosen);
-        for ((weight, id), &expert) in weights.iter_mut().zip(ids).zip(&chosen) {
-            *weight = score[expert as usize];
-            *id = i64::from(expert);
-        }
-        if gate.score == Score::SoftmaxTopK {
-            let max = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
-            if !max.is_finite() {
-                return Err(token);
-            }
-            weights.iter_mut().for_each(|w| *w = math::exp(*w - max));
-            let sum: f32 = weights.iter().sum();
-            weights.iter_mut().for_each(|w| *w /= sum);
-        }
-        if gate.renormalize {
-            let sum = weights.iter().sum::<f32>() + 1e-20;
-            weights.iter_mut().for_each(|w| *w /= sum);
-        }
-        weights.iter_mut().for_each(|w| *w *= gate.scale);
+        finish(gate, weights, &sum);
     }
     Ok(())
+}
+
+/// From the chosen logits (less the maximum, for a softmax) to weights, for a block of tokens at once.
+#[inline(always)]
+fn finish(gate: &Gate, weights: &mut [f32], sums: &[f32]) {
+    match gate.score {
+        Score::Sigmoid => weights.iter_mut().for_each(|w| *w = 1.0 / (1.0 + math::exp(-*w))),
+        _ => weights.iter_mut().for_each(|w| *w = math::exp(*w)),
+    }
+    for (weights, &sum) in weights.chunks_exact_mut(gate.top_k).zip(sums) {
+        let kept = || weights.iter().sum::<f32>();
+        let denominator = match gate.score {
+            Score::SoftmaxTopK => kept(),
+            _ if gate.renormalize => kept() + 1e-20 * sum,
+            _ => sum,
+        };
+        let factor = gate.scale / denominator;
+        weights.iter_mut().for_each(|w| *w *= factor);
+    }
+}
+
+/// Scores and bias of a row.
+#[inline(always)]
+fn choice_scores(score: Score, logit: &[f32], bias: &[f32], max: f32, sum: f32, to: &mut [f32]) {
+    let rows = to.iter_mut().zip(logit).zip(bias);
+    match score {
+        Score::Softmax => {
+            let factor = 1.0 / sum;
+            rows.for_each(|((to, &x), &bias)| *to = bounded_exp(x - max) * factor + bias);
+        }
+        Score::Sigmoid => rows.for_each(|((to, &x), &bias)| *to = 1.0 / (1.0 + bounded_exp(-x)) + bias),
+        Score::SoftmaxTopK => rows.for_each(|((to, &x), &bias)| *to = x + bias),
+    }
+}
+
+/// Sum of `e^(x - max)` over lanes in a fixed order.
+#[inline(always)]
+fn exp_sum(x: &[f32], max: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for row in x.as_chunks::<LANES>().0 {
+        for (lane, &x) in lanes.iter_mut().zip(row) {
+            *lane += bounded_exp(x - max);
+        }
+    }
+    math::sum(&lanes)
+}
+
+/// `e^x`, but e^-87 below -87 (2e-38: nothing beside a score) and e^88 above 88. Off by |x| / 2^24 of itself,
+/// which no sum of scores or score feels: where |x| is large, the result or its share is small.
+#[inline(always)]
+fn bounded_exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+    const LN2: f32 = std::f32::consts::LN_2;
+    let x = math::smaller(math::larger(x, -87.0), 88.0) * std::f32::consts::LOG2_E;
+    let shifted = x + ROUND;
+    let r = (x - (shifted - ROUND)) * LN2;
+    // The Taylor polynomial of degree 7, in pairs: the terms of a pair do not wait for another.
+    let r2 = r * r;
+    let low = (1.0 + r) + r2 * (1.0 / 2.0 + r * (1.0 / 6.0));
+    let high = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0 + r * (1.0 / 5040.0));
+    let p = low + r2 * r2 * high;
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23)) // times 2^n
 }
 
 /// Choice of groups, with its buffers.
@@ -341,7 +394,8 @@ struct Groups {
     score: GroupScore,
     scores: Vec<f32>,
     kept: Vec<u32>,
-    is_kept: Vec<bool>,
+    /// Infinity for the groups kept, -infinity for the others.
+    limits: Vec<f32>,
 }
 
 impl Groups {
@@ -352,33 +406,39 @@ impl Groups {
             score: gate.group_score,
             scores: vec![f32::NEG_INFINITY; gate.groups.next_multiple_of(LANES)],
             kept: vec![0; gate.top_groups],
-            is_kept: vec![false; gate.groups],
+            limits: vec![0.0; gate.groups],
         }
     }
 
-    /// Sets the choice scores of all but the best groups to -inf. False if a group's score is NaN.
+    /// Copies `values`, with -inf for all but the groups of the best `scores`. False if a group's score is NaN.
     #[inline(always)]
-    fn drop_others(&mut self, choice: &mut [f32]) -> bool {
-        let mut nan = false;
-        for (score, group) in self.scores.iter_mut().zip(choice.chunks_exact(self.size)).take(self.count) {
-            let (first, second) = two_best(group);
-            *score = match self.score {
-                GroupScore::Top2Sum if self.size > 1 => first + second,
-                _ => first,
-            };
-            nan |= score.is_nan();
+    fn keep_best(&mut self, scores: &[f32], values: &[f32], to: &mut [f32]) -> bool {
+        let scores = self.scores.iter_mut().zip(scores.chunks_exact(self.size)).take(self.count);
+        match self.score {
+            GroupScore::Top2Sum if self.size > 1 => scores.for_each(|(score, group)| {
+                let (first, second) = two_best(group);
+                *score = first + second;
+            }),
+            _ => scores.for_each(|(score, group)| *score = two_best(group).0),
         }
-        if nan {
+        if self.scores.iter().any(|score| score.is_nan()) {
             return false;
         }
-        top_k::<LANES>(&self.scores, &mut self.kept);
-        self.is_kept.fill(false);
-        for &group in &self.kept {
-            self.is_kept[group as usize] = true;
+        if let [scores] = self.scores.as_chunks::<LANES>().0 {
+            let places = top_k::places(scores, self.count);
+            for (limit, &place) in self.limits.iter_mut().zip(&places) {
+                let is_kept = place < self.kept.len() as u64;
+                *limit = if is_kept { f32::INFINITY } else { f32::NEG_INFINITY };
+            }
+        } else {
+            top_k::sort(&self.scores, &mut self.kept);
+            self.limits.fill(f32::NEG_INFINITY);
+            self.kept.iter().for_each(|&group| self.limits[group as usize] = f32::INFINITY);
         }
-        for (group, &is_kept) in choice.chunks_exact_mut(self.size).zip(&self.is_kept) {
-            if !is_kept {
-                group.fill(f32::NEG_INFINITY);
+        let groups = to.chunks_exact_mut(self.size).zip(values.chunks_exact(self.size));
+        for ((to, from), &limit) in groups.zip(&self.limits) {
+            for (to, &from) in to.iter_mut().zip(from) {
+                *to = math::smaller(from, limit);
             }
         }
         true

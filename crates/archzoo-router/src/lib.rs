@@ -1,13 +1,20 @@
-//! Mixture-of-experts routing on the CPU: from router logits to expert ids and weights.
+//! Mixture-of-experts routing on the CPU: from router logits to expert ids and weights, to the order of the rows
+//! of each expert, and from loads to a placement of experts.
 //!
-//! Results are bitwise equal on every instruction set: the kernel is one generic body without fused
+//! Results of the gate are bitwise equal on every instruction set: the kernel is one generic body without fused
 //! multiply-adds, compiled once per set, and sums run over a fixed number of lanes.
 
+mod eplb;
 mod gate;
+mod parallel;
+mod plan;
 mod top_k;
 
 pub use archzoo_simd::InstructionSet;
-pub use gate::{Gate, GroupScore, Logits, PARALLEL, Score, gate, gate_with};
+pub use eplb::{Cluster, Placement, eplb};
+pub use gate::{Gate, GroupScore, Logits, Score, gate, gate_with};
+pub use parallel::Threads;
+pub use plan::{Plan, plan};
 
 use std::fmt;
 

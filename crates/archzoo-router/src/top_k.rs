@@ -2,68 +2,121 @@
 
 use std::hint::black_box;
 
-use archzoo_simd::math::{LANES, larger, smaller};
+use archzoo_simd::math::{self, LANES, larger};
 
 /// Most candidates that are ranked by counting; more are sorted.
 const CANDIDATES: usize = 32;
+/// Candidates taken at once: a fixed number, since a branch on each would often be predicted wrong.
+const STEP: usize = 4;
+/// Rows searched together, one step at a time for all: the steps of one row wait for each other.
+pub const TOGETHER: usize = 8;
 
-/// Writes the indices of the `found.len()` largest of `values` to `found`.
+/// Writes the indices of the `k` largest of each of at most [`TOGETHER`] rows to `found`.
 ///
-/// `values` is padded with `-inf` to a multiple of `W`, the number of columns; the pads come last and so are
-/// never chosen while `found` asks for at most the real length. Not `NaN`.
+/// A row of `values` is padded with `-inf` to a multiple of `W`, the number of columns; the pads come last and
+/// so are never chosen while `k` is at most the real length. Not `NaN`.
 ///
 /// The `k`-th largest column maximum bounds the `k`-th largest value from below, and few values reach that
 /// bound. A candidate's place is the number of candidates before it, so no step depends on the one before.
 #[inline(always)]
-pub fn top_k<const W: usize>(values: &[f32], found: &mut [u32]) {
-    let k = found.len();
-    let rows = values.as_chunks::<W>().0;
+pub fn top_k<const W: usize>(values: &[f32], length: usize, k: usize, found: &mut [u32]) {
+    let rows = values.chunks_exact(length);
     if k > W {
-        return sort(values, found);
+        return rows.zip(found.chunks_exact_mut(k)).for_each(|(row, found)| sort(row, found));
     }
-    let mut column_max = [f32::NEG_INFINITY; W];
-    for row in rows {
-        for (best, &value) in column_max.iter_mut().zip(row) {
-            *best = larger(*best, value);
+    let mut bounds = [0.0; TOGETHER];
+    for (bound, row) in bounds.iter_mut().zip(rows.clone()) {
+        *bound = kth_maximum::<W>(row, k);
+    }
+    let mut candidates = [const { Candidates::new() }; TOGETHER];
+    for ((candidates, &bound), row) in candidates.iter_mut().zip(&bounds).zip(rows.clone()) {
+        candidates.fill(row, bound);
+    }
+    for ((candidates, row), found) in candidates.iter().zip(rows).zip(found.chunks_exact_mut(k)) {
+        match candidates.count {
+            0..=16 => candidates.order::<16>(found),
+            17..=CANDIDATES => candidates.order::<CANDIDATES>(found),
+            _ => sort(row, found),
+        }
+    }
+}
+
+/// The `k`-th largest column maximum.
+#[inline(always)]
+fn kth_maximum<const W: usize>(values: &[f32], k: usize) -> f32 {
+    let mut maxima = [f32::NEG_INFINITY; W];
+    for row in values.as_chunks::<W>().0 {
+        for i in 0..W {
+            maxima[i] = larger(maxima[i], row[i]);
         }
     }
     let mut above = [0u32; W];
-    // The opaque length keeps the counts in lanes: unrolled, each would become a sum across lanes.
-    for &other in &column_max[..black_box(W)] {
-        for (count, &own) in above.iter_mut().zip(&column_max) {
-            *count += u32::from(other > own);
+    for other in maxima {
+        let other = black_box(other); // else LLVM makes each count a sum across lanes
+        for i in 0..W {
+            above[i] += u32::from(other > maxima[i]);
         }
     }
-    let mut bound = f32::INFINITY;
-    for (&count, &own) in above.iter().zip(&column_max) {
-        bound = smaller(bound, if (count as usize) < k { own } else { f32::INFINITY });
+    let mut inside = [0.0; W];
+    for i in 0..W {
+        inside[i] = if above[i] < k as u32 { maxima[i] } else { f32::INFINITY };
+    }
+    -math::max(&black_box(inside).map(|x| -x)) // opaque: else LLVM shapes all of the above after this fold
+}
+
+/// The values of a row that reach its bound, in the order of their indices.
+struct Candidates {
+    values: [f32; CANDIDATES + STEP],
+    indices: [u32; CANDIDATES + STEP],
+    count: usize,
+}
+
+impl Candidates {
+    const fn new() -> Self {
+        Self { values: [0.0; CANDIDATES + STEP], indices: [0; CANDIDATES + STEP], count: 0 }
     }
 
-    let mut candidates = [f32::NEG_INFINITY; CANDIDATES];
-    let mut indices = [0u32; CANDIDATES];
-    let mut n = 0;
-    for (word, part) in values.chunks(64).enumerate() {
-        let mut mask = 0u64;
-        for (i, lanes) in part.as_chunks::<LANES>().0.iter().enumerate() {
-            mask |= u64::from(reaching(lanes, bound)) << (i * LANES);
+    /// With a count above `CANDIDATES` they are too many to be kept.
+    #[inline(always)]
+    fn fill(&mut self, row: &[f32], bound: f32) {
+        let mut n = 0;
+        for (word, part) in row.chunks(64).enumerate() {
+            let mut mask = 0u64;
+            for (i, lanes) in part.as_chunks::<LANES>().0.iter().enumerate() {
+                mask |= u64::from(reaching(lanes, bound)) << (i * LANES);
+            }
+            let end = n + mask.count_ones() as usize;
+            if end > CANDIDATES {
+                self.count = end;
+                return;
+            }
+            while n < end {
+                for i in 0..STEP {
+                    // Past the last candidate comes anything: it will be overwritten.
+                    let index = (mask.trailing_zeros() as usize).min(part.len() - 1);
+                    self.values[n + i] = part[index];
+                    self.indices[n + i] = (word * 64 + index) as u32;
+                    mask &= mask.wrapping_sub(1);
+                }
+                n += STEP;
+            }
+            n = end;
         }
-        if n + mask.count_ones() as usize > CANDIDATES {
-            return sort(values, found);
-        }
-        while mask != 0 {
-            let index = mask.trailing_zeros() as usize;
-            candidates[n] = part[index];
-            indices[n] = (word * 64 + index) as u32;
-            n += 1;
-            mask &= mask - 1;
-        }
+        self.values[n..].fill(f32::NEG_INFINITY);
+        self.count = n;
     }
-    let places = if n <= 16 { places::<16>(&candidates, n) } else { places::<CANDIDATES>(&candidates, n) };
-    let mut ordered = [0u32; CANDIDATES];
-    for (&place, &index) in places.iter().zip(&indices).take(n) {
-        ordered[place as usize % CANDIDATES] = index;
+
+    /// Writes the indices of the largest to `found`; there are at most `N`.
+    #[inline(always)]
+    fn order<const N: usize>(&self, found: &mut [u32]) {
+        let mut values = [0.0; N];
+        values.copy_from_slice(&self.values[..N]);
+        let mut ordered = [0u32; N];
+        for (&place, &index) in places(&values, self.count).iter().zip(&self.indices).take(self.count) {
+            ordered[place as usize % N] = index;
+        }
+        found.copy_from_slice(&ordered[..found.len()]);
     }
-    found.copy_from_slice(&ordered[..k]);
 }
 
 /// Bit `i` says whether lane `i` is at least `bound`.
@@ -71,30 +124,38 @@ pub fn top_k<const W: usize>(values: &[f32], found: &mut [u32]) {
 fn reaching(lanes: &[f32; LANES], bound: f32) -> u16 {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_mm_cmpge_ps, _mm_movemask_ps, _mm_set1_ps, _mm_setr_ps};
-        // SAFETY: SSE2 is part of x86-64.
+        use std::arch::x86_64::{
+            _mm_castps_si128, _mm_cmpge_ps, _mm_loadu_ps, _mm_movemask_epi8, _mm_packs_epi16,
+            _mm_packs_epi32, _mm_set1_ps,
+        };
+        // SAFETY: SSE2 is part of x86-64, and the four loads are inside the lanes.
         #[allow(unused_unsafe)]
         return unsafe {
             let bound = _mm_set1_ps(bound);
-            let four = |i: usize| {
-                let four = _mm_setr_ps(lanes[i], lanes[i + 1], lanes[i + 2], lanes[i + 3]);
-                _mm_movemask_ps(_mm_cmpge_ps(four, bound)) << i
-            };
-            (four(0) | four(4) | four(8) | four(12)) as u16
+            let four = |i: usize| _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(lanes.as_ptr().add(i)), bound));
+            let eight = |i: usize| _mm_packs_epi32(four(i), four(i + 4));
+            _mm_movemask_epi8(_mm_packs_epi16(eight(0), eight(8))) as u16
         };
     }
     #[cfg(not(target_arch = "x86_64"))]
     lanes.iter().enumerate().fold(0, |mask, (i, &value)| mask | u16::from(value >= bound) << i)
 }
 
-/// For each of the first `n` candidates, how many come before it.
+/// For each value, how many of the first `n` come before it: the larger, and equal ones with a lower index.
 #[inline(always)]
-fn places<const N: usize>(candidates: &[f32; CANDIDATES], n: usize) -> [u32; CANDIDATES] {
-    let mut places = [0u32; CANDIDATES];
-    for (j, &other) in candidates.iter().enumerate().take(n) {
+pub fn places<const N: usize>(values: &[f32; N], n: usize) -> [u64; N] {
+    // Keys in the order of (value, lowest index first): one comparison of integers settles ties too.
+    let mut keys = [0i64; N];
+    for i in 0..N {
+        let bits = (values[i] + 0.0).to_bits() as i32; // -0 becomes 0
+        let ordered = bits ^ ((bits >> 31) as u32 >> 1) as i32;
+        keys[i] = (i64::from(ordered) << 32) | (N - i) as i64;
+    }
+    let mut places = [0u64; N];
+    for &key in &keys[..n] {
+        let key = black_box(key); // as in `kth_maximum`
         for i in 0..N {
-            let own = candidates[i];
-            places[i] += u32::from((other > own) | ((other == own) & (j < i)));
+            places[i] += u64::from(key > keys[i]);
         }
     }
     places
@@ -103,7 +164,7 @@ fn places<const N: usize>(candidates: &[f32; CANDIDATES], n: usize) -> [u32; CAN
 /// The same by sorting: for many columns or many ties.
 #[cold]
 #[inline(never)]
-fn sort(values: &[f32], found: &mut [u32]) {
+pub fn sort(values: &[f32], found: &mut [u32]) {
     let before = |&a: &u32, &b: &u32| {
         let (x, y) = (values[a as usize], values[b as usize]);
         y.partial_cmp(&x).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b))
@@ -143,9 +204,9 @@ mod tests {
             let mut padded = values;
             padded.resize(padded.len().next_multiple_of(64), f32::NEG_INFINITY);
             let mut found = vec![0; k];
-            top_k::<16>(&padded, &mut found);
+            top_k::<16>(&padded, padded.len(), k, &mut found);
             prop_assert_eq!(&found, &expected);
-            top_k::<64>(&padded, &mut found);
+            top_k::<64>(&padded, padded.len(), k, &mut found);
             prop_assert_eq!(&found, &expected);
         }
     }

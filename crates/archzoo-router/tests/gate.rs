@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use archzoo_router::{Error, Gate, GroupScore, InstructionSet, Logits, Score, gate, gate_with};
+use archzoo_router::{Error, Gate, GroupScore, InstructionSet, Logits, Score, Threads, gate, gate_with};
 use proptest::prelude::*;
 
 const GOLDEN: Gate = Gate {
@@ -21,7 +21,7 @@ const GOLDEN_LOGITS: [f32; 8] = [2.0, -2.0, 1.0, 1.0, 0.0, 0.0, -1.0, 3.0];
 fn route(config: &Gate, logits: Logits, tokens: usize) -> Result<(Vec<f32>, Vec<i64>), Error> {
     let mut weights = vec![f32::NAN; tokens * config.top_k];
     let mut ids = vec![-1; tokens * config.top_k];
-    gate(logits, config, &mut weights, &mut ids)?;
+    gate(Threads::ONE, logits, config, &mut weights, &mut ids)?;
     Ok((weights, ids))
 }
 
@@ -63,7 +63,7 @@ fn refuses_bad_arguments_by_name() {
     }
     assert!("relu".parse::<Score>().unwrap_err().to_string().contains("found \"relu\""));
     assert!("mean".parse::<GroupScore>().unwrap_err().to_string().contains("found \"mean\""));
-    let error = gate(Logits::F32(&GOLDEN_LOGITS[..7]), &GOLDEN, &mut [], &mut []).unwrap_err();
+    let error = gate(Threads::ONE, Logits::F32(&GOLDEN_LOGITS[..7]), &GOLDEN, &mut [], &mut []).unwrap_err();
     assert_eq!(error.to_string(), "logits must have 0 elements, found 7");
 }
 
@@ -182,7 +182,7 @@ proptest! {
 
         for set in InstructionSet::ALL.into_iter().filter(|set| set.is_supported()) {
             let (mut w, mut i) = (vec![f32::NAN; weights.len()], vec![-1; ids.len()]);
-            gate_with(set, input, &config, &mut w, &mut i).unwrap();
+            gate_with(set, Threads::ONE, input, &config, &mut w, &mut i).unwrap();
             prop_assert_eq!(&i, &ids, "ids on {:?}", set);
             prop_assert_eq!(&w, &weights, "weights on {:?}", set);
         }
