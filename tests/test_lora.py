@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,19 @@ def test_the_named_adapter_and_no_other_runs(tokens: Tokens) -> None:
                     module.weight += 2 * lora.b @ lora.a
         torch.testing.assert_close(merged(ids).logits, vision)
         assert (vision - base).abs().max() > 1e-3
+
+
+def test_an_adapter_is_saved_by_itself(tmp_path: Path) -> None:
+    model = tiny()
+    adapters = MixtureOfLoRAs(model, {"vision": (4, 8.0), "speech": (6, 6.0)})
+    tensors = adapters.tensors("vision")
+    assert not set(tensors) & set(adapters.tensors("speech"))
+    assert sum(t.numel() for t in tensors.values()) == 2 * 4 * (64 + 128 + 64 + 64 + 64 + 192 + 96 + 64)
+    archzoo.checkpoint.save({n: t.detach() for n, t in tensors.items()}, tmp_path / "vision")
+    again = archzoo.checkpoint.load(tmp_path / "vision")
+    assert all(torch.equal(t, again[n]) for n, t in tensors.items())
+    copy = deepcopy(model)
+    assert copy.layers[0].mixer.q_proj.owner is not adapters
 
 
 def test_wrong_names_and_models() -> None:

@@ -17,8 +17,8 @@ from archzoo.blocks.context import Aux, Context
 from archzoo.blocks.ffns.mlp import MLPConfig
 from archzoo.blocks.ffns.moe import MoE, MoEConfig
 from archzoo.blocks.registry import Site
-from archzoo.ops.balance import drop
 from archzoo.ops.experts import routed
+from archzoo.ops.moe import capacity as keep
 
 Tokens = Callable[..., Tensor]
 F64 = torch.float64
@@ -69,7 +69,7 @@ def test_each_expert_keeps_its_capacity(policy: str, tokens: int, capacity: int)
     """Check 13: min(count, C) per expert, and those that the policy serves first."""
     p = torch.randn(tokens, 6, dtype=F64).softmax(-1)
     weights, ids = p.topk(2, -1)
-    kept = drop(ids, weights, 6, capacity, policy)
+    kept = keep(ids, 6, capacity, policy=policy, weights=weights, seed=1)
     assert ((kept == ids) | (kept == 6)).all()
     counts = ids.flatten().bincount(minlength=6)
     assert torch.equal(kept.flatten().bincount(minlength=7)[:6], counts.clamp(max=capacity))
@@ -85,12 +85,12 @@ def test_each_expert_keeps_its_capacity(policy: str, tokens: int, capacity: int)
 
 def test_ids_of_nobody_take_no_slot() -> None:
     ids = torch.tensor([[3], [0], [3], [0], [0]])
-    assert drop(ids, torch.ones(5, 1), 3, 2, "position").tolist() == [[3], [0], [3], [0], [3]]
+    assert keep(ids, 3, 2).tolist() == [[3], [0], [3], [0], [3]]
 
 
 def test_random_dropping_treats_tokens_alike() -> None:
     ids = torch.zeros(10, 1, dtype=torch.long)
-    kept = sum((drop(ids, torch.ones(10, 1), 1, 5, "random") == 0).float() for _ in range(400))
+    kept = sum((keep(ids, 1, 5, policy="random", seed=i) == 0).float() for i in range(400))
     assert (kept.flatten() - 200).abs().max() < 45  # 4.5 standard deviations
 
 
@@ -135,7 +135,7 @@ def test_weights_are_renormalised_after_dropping() -> None:
     layer = build(config.model_copy(update={"capacity": _capacity(0.5)})).train()
     x = torch.randn(24, 16, dtype=F64)
     weights, ids = layer.route(x)
-    kept = drop(ids, weights, 3, 8, "position")
+    kept = keep(ids, 3, 8)
     expected = torch.zeros_like(x)
     for t in range(24):
         left = [(w, int(e)) for w, e in zip(weights[t], kept[t], strict=True) if e < 3]

@@ -90,13 +90,13 @@ class Layer(nn.Module):
 class MTP(nn.Module):
     """Predicts one token further than the hidden states it gets (2412.19437, in the checkpoints' order)."""
 
-    def __init__(self, spec: LayerSpec, site: Site) -> None:
+    def __init__(self, spec: LayerSpec, site: Site, logits_scale: float) -> None:
         super().__init__()
         d = site.hidden_size
         self.enorm, self.hnorm = RMSNorm(d, site.norm_eps), RMSNorm(d, site.norm_eps)
         self.eh_proj = Linear(2 * d, d, bias=False)
         self.layer = Layer(spec, site)
-        self.norm = RMSNorm(d, site.norm_eps)
+        self.norm = RMSNorm(d, site.norm_eps, logits_scale)
 
     def forward(self, embedded: Tensor, hidden: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         """Hidden states of t and embeddings of t + k, [B, T, d] -> what the head turns into t + k + 1."""
@@ -121,7 +121,8 @@ class CausalLM(nn.Module):
         depth = 0 if config.mtp is None else config.mtp.depth
         total = len(specs) + depth
         self.mtp = nn.ModuleList(
-            MTP(specs[-1], Site(len(specs) + k, total, d, config.norm_eps)) for k in range(depth)
+            MTP(specs[-1], Site(len(specs) + k, total, d, config.norm_eps), 1 / config.logits_divisor)
+            for k in range(depth)
         )
 
     @property

@@ -65,7 +65,7 @@ pub fn experts<T: Value>(
     x: &[f32],
     token: &[i64],
     scale: &[f32],
-    counts: &[i64],
+    counts: &[i32],
     keep: Option<&mut [f32]>,
     out: &mut [f32],
 ) {
@@ -149,7 +149,7 @@ pub fn experts<T: Value>(
 }
 
 /// The assignments in parts of about [`BATCH`] rows, an expert with more in several.
-fn batches(counts: &[i64]) -> Vec<Vec<Segment>> {
+fn batches(counts: &[i32]) -> Vec<Vec<Segment>> {
     let mut out: Vec<Vec<Segment>> = Vec::new();
     let (mut start, mut room) = (0, 0);
     for (expert, count) in counts.iter().enumerate() {
@@ -221,7 +221,7 @@ mod tests {
     proptest! {
         #[test]
         fn equals_the_definition(
-            counts in prop::collection::vec(0i64..90, 1..5),
+            counts in prop::collection::vec(0i32..90, 1..5),
             tokens in 1usize..20,
             d in 1usize..150,
             hidden in 1usize..80,
@@ -242,7 +242,7 @@ mod tests {
             let e = counts.len();
             let (x, up, down) = (draw(tokens * d), draw(e * 2 * hidden * d), draw(e * d * hidden));
             let (up_bias, down_bias) = (draw(e * 2 * hidden), draw(e * d));
-            let rows = counts.iter().sum::<i64>() as usize;
+            let rows = counts.iter().sum::<i32>() as usize;
             let token: Vec<i64> = draw(rows).iter().map(|v| ((v + 0.5) * tokens as f32) as i64).collect();
             let token: Vec<i64> = token.iter().map(|t| (*t).min(tokens as i64 - 1)).collect();
             let scale = draw(rows);

@@ -85,10 +85,10 @@ pub fn experts(
         _ => return Err(PyValueError::new_err(format!("experts: unknown activation {activation:?}"))),
     };
     // SAFETY: as in `linear`.
-    let counts = unsafe { slice::<i64>(counts, count) };
+    let counts = unsafe { slice::<i32>(counts, count) };
     // SAFETY: as in `linear`.
     let token = unsafe { slice::<i64>(token, rows) };
-    let total = counts.iter().try_fold(0i64, |sum, c| if *c < 0 { None } else { sum.checked_add(*c) });
+    let total = counts.iter().try_fold(0i64, |sum, c| (*c >= 0).then(|| sum + i64::from(*c)));
     if d == 0 || hidden == 0 || total.is_none_or(|t| t > rows as i64) {
         return Err(PyValueError::new_err(format!(
             "experts: the counts must be at least 0 and sum to at most the {rows} assignments"

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from archzoo.blocks.context import Aux, Pool, Routing
 from archzoo.ops.balance import (
-    DropPolicy,
     Sequences,
     communication_loss,
     device_loss,
     expert_loss,
     z_loss,
 )
-from archzoo.ops.moe import Score, gate
+from archzoo.ops.moe import Policy, Score, expert_capacity, gate
 
 
 class Balance(BaseModel):
@@ -46,21 +43,21 @@ class Capacity(BaseModel):
     """An expert takes at most max(minimum, ceil(factor * top_k * tokens / experts)) of a call's assignments.
 
     `factor` holds in training, `eval_factor` in evaluation (None drops nothing there: what a token becomes
-    then does not depend on later tokens). `drop` says who comes first, see `ops.balance.drop`.
+    then does not depend on later tokens). `drop` says who comes first, see `ops.moe.capacity`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     factor: PositiveFloat
     eval_factor: PositiveFloat | None = None
     minimum: NonNegativeInt = 4
-    drop: DropPolicy = "position"
+    drop: Policy = "position"
 
     def slots(self, tokens: int, top_k: int, experts: int, training: bool) -> int | None:
         """Assignments that one expert takes; None for all."""
         factor = self.factor if training else self.eval_factor
         if factor is None:
             return None
-        return max(self.minimum, math.ceil(factor * top_k * tokens / experts))
+        return expert_capacity(tokens, experts, top_k, factor, self.minimum)
 
 
 def report(

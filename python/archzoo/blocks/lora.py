@@ -57,12 +57,13 @@ class MixtureOfLoRAs:
     """Puts adapters {name: (rank, alpha)} on the attention and feed-forward of every layer of `model`.
 
     The model changes in place: its own parameters are frozen, the adapters train, and until they have it
-    computes what it did.
+    computes what it did. A model's folder has no place for adapters: `archzoo.checkpoint.save` keeps those
+    of `tensors`.
     """
 
     def __init__(self, model: nn.Module, adapters: Mapping[str, tuple[int, float]], seed: int = 0) -> None:
         self.active: str | None = None
-        self.names = tuple(adapters)
+        self.names, self.model = tuple(adapters), model
         layers = list(cast("nn.ModuleList", model.layers))
         for i, layer in enumerate(layers):  # all or nothing
             for slot, names in GROUPS:
@@ -84,6 +85,10 @@ class MixtureOfLoRAs:
                         module.lora[modality] = LoRA(a, module.out_features, alpha / rank)
                 for name, module in zip(names, wrapped, strict=True):
                     setattr(block, name, module)
+
+    def tensors(self, modality: str) -> dict[str, Tensor]:
+        """The parameters of one adapter by name."""
+        return {n: p for n, p in self.model.named_parameters() if f".lora.{modality}." in n}
 
     @contextmanager
     def use(self, modality: str | None) -> Iterator[None]:

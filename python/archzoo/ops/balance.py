@@ -1,4 +1,4 @@
-"""Keeping the experts of a mixture of experts evenly used: auxiliary losses, and what a capacity drops.
+"""Keeping the experts of a mixture of experts evenly used: auxiliary losses.
 
 Shapes: N tokens, k experts a token, E experts, S sequences, D devices. `ids` [N, k] are the router's choices,
 the id E means no expert. A loss is 1 (`load_balancing`: k) when every expert gets the same share.
@@ -6,12 +6,8 @@ the id E means no expert. A loss is 1 (`load_balancing`: k) when every expert ge
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-DropPolicy = Literal["position", "probability", "random", "batch_prioritised"]
 
 
 class Sequences:
@@ -97,30 +93,3 @@ def load_balancing(loads: Tensor, sums: Tensor, tokens: Tensor) -> Tensor:
 def z_loss(logits: Tensor, seqs: Sequences) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2 (2202.08906)."""
     return seqs.whole().means(logits.logsumexp(-1, keepdim=True).square()).sum()
-
-
-def drop(ids: Tensor, weights: Tensor, experts: int, capacity: int, policy: DropPolicy) -> Tensor:
-    """`ids` with the id E where an expert has taken `capacity` assignments already.
-
-    Who comes first: "position", all first choices before all second ones, then the order of tokens (Switch,
-    GShard); "probability", the largest weights; "random", any; "batch_prioritised", as "position" with the
-    tokens of the largest first weight in front.
-    """
-    tokens, k = ids.shape
-    if policy == "random":
-        order = torch.randperm(ids.numel(), device=ids.device)
-    elif policy == "probability":
-        order = weights.t().flatten().sort(descending=True, stable=True).indices
-    else:
-        token = torch.arange(tokens, device=ids.device)
-        if policy == "batch_prioritised":
-            token = weights.amax(-1).sort(descending=True, stable=True).indices
-        order = (torch.arange(k, device=ids.device)[:, None] * tokens + token).flatten()
-    flat = ids.t().flatten()  # choice by choice
-    queued = flat[order]
-    by_expert = queued.argsort(stable=True)
-    loads = flat.new_zeros(experts + 1).scatter_add(0, flat, torch.ones_like(flat))
-    first = loads.cumsum(0) - loads
-    place = torch.arange(flat.numel(), device=ids.device) - first[queued[by_expert]]
-    kept = torch.empty_like(flat, dtype=torch.bool).index_put((order[by_expert],), place < capacity)
-    return torch.where(kept, flat, experts).view(k, tokens).t()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from archzoo import _rust
 from archzoo.ops.backend import addressable, choose
+from archzoo.ops.moe import plan
 
 Activation = Literal["swiglu", "clamped_swiglu", "gelu"]
 GATED = ("swiglu", "clamped_swiglu")  # their first product makes gate and up, the others' only one
@@ -44,19 +45,20 @@ def experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     scale_input: bool = False,
+    dropless: bool = False,
 ) -> Tensor:
     """sum_k weights[t, k] * FFN_{ids[t, k]}(x[t]) -> [T, d]: x [T, d], weights and ids [T, k].
 
     up [E, 2I, d] (gate rows first; [E, I, d] for gelu), down [E, d, I], biases [E, 2I] and [E, d]. The id E
-    means no expert: it adds nothing. scale_input multiplies x instead of the result (Llama 4).
+    means no expert: it adds nothing; dropless promises that there is none. scale_input multiplies x, not
+    the result (Llama 4).
     """
-    count = up.shape[0]
-    order = ids.flatten().argsort(stable=True)
-    counts = ids.new_zeros(count + 1).scatter_add(0, ids.flatten(), ids.new_ones(ids.numel()))[:count]
-    rows, scale = order // ids.shape[1], weights.flatten()[order]
+    by_expert = plan(ids, up.shape[0])
+    rows, scale, counts = by_expert.token, weights.flatten()[by_expert.order], by_expert.counts
     return routed(
         x, rows, scale, counts, up, down,
         activation=activation, up_bias=up_bias, down_bias=down_bias, scale_input=scale_input,
+        dropless=dropless,
     )  # fmt: skip
 
 
@@ -72,35 +74,46 @@ def routed(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     scale_input: bool = False,
+    dropless: bool = False,
 ) -> Tensor:
-    """The same for assignments sorted by expert: row r is token[r], times scale[r]; counts [E] rows each.
+    """The same for assignments sorted by expert: row r is token[r], times scale[r]; counts [E] int32.
 
     Rows behind the last count belong to no expert.
     """
     extras = activation, up_bias, down_bias, scale_input
     if _rust_takes(x, scale, token, counts, up, down, *extras):
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, up, down))
+        grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, scale, up, down, up_bias, down_bias)
+        )
         if not grad:
             return _rust_routed(x, token, scale, counts, up, down, *extras)[0]
         if activation == "swiglu" and up_bias is None and down_bias is None and not scale_input:
             out: Tensor = _Routed.apply(x, scale, up, down, token, counts)
             return out
     product = _grouped_product if _aligned(x, up, down) else _looped_product
-    count = int(counts.sum()) if token.shape[0] else 0
-    token, scale = token[:count], scale[:count, None].to(x.dtype)
-    expert = torch.repeat_interleave(counts) if up_bias is not None or down_bias is not None else None
-    h = x[token]
+    # No look at the counts: a GPU would have to wait.
+    ends, scale = counts.cumsum(0, dtype=torch.int32), scale[:, None].to(x.dtype)
+    row = torch.arange(token.shape[0], device=x.device, dtype=torch.int32)
+    real = (row < ends[-1])[:, None]
+
+    def masked(rows: Tensor) -> Tensor:
+        """What grouped_mm leaves in rows of no expert, and in their gradients, was never written."""
+        return rows if dropless else torch.where(real, rows, 0)
+
+    h = masked(x[token])
     if scale_input:
         h = h * scale
-    h = product(h, up, counts)
+    h = product(h, up, ends)
+    if up_bias is not None or down_bias is not None:
+        expert = torch.searchsorted(ends, row, right=True).clamp(max=up.shape[0] - 1)
     if up_bias is not None:
         h = h + up_bias[expert]
-    h = product(activate(h, activation), down, counts)
+    h = masked(product(masked(activate(h, activation)), down, ends))
     if down_bias is not None:
         h = h + down_bias[expert]
     if not scale_input:
         h = h * scale
-    return torch.zeros_like(x).index_add(0, token, h)
+    return torch.zeros_like(x).index_add(0, token, masked(h))
 
 
 # --- CPU -------------------------------------------------------------------------------------------
@@ -125,7 +138,10 @@ def _rust_takes(
     tensors = x, scale, token, counts, up, down, up_bias, down_bias
     if not addressable(*tensors) or torch.is_autocast_enabled("cpu"):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or token.dtype != torch.int64 != counts.dtype:
+    if x.dtype not in (torch.float32, torch.bfloat16) or (token.dtype, counts.dtype) != (
+        torch.int64,
+        torch.int32,
+    ):
         return False
     weights = [t for t in (up, down, up_bias, down_bias) if t is not None]
     if any(t.dtype != x.dtype or not t.is_contiguous() for t in weights) or x.numel() == 0:
@@ -251,12 +267,14 @@ def _aligned(x: Tensor, up: Tensor, down: Tensor) -> bool:
     return ok and x.dtype != torch.float64 and x.shape[0] > 0 and choose(x) != "reference"
 
 
-def _grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    ends = counts.cumsum(0).to(torch.int32)
+def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
-def _looped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows sorted by expert times the weight [E, N, K] of their expert: the definition."""
-    parts = rows.split(counts.tolist())
-    return torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])
+def _looped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows sorted by expert times the weight [E, N, K] of their expert, 0 behind the last: the definition."""
+    if rows.is_meta:
+        return rows.new_empty(rows.shape[0], weight.shape[1])
+    parts = rows.tensor_split(ends.long().cpu())
+    products = [part @ w.t() for part, w in zip(parts, weight, strict=False)]
+    return torch.cat([*products, rows.new_zeros(parts[-1].shape[0], weight.shape[1])])

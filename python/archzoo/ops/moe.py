@@ -305,7 +305,7 @@ def capacity(
     *,
     policy: Policy = "position",
     weights: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """ids [T, k] int64 with E in place of those beyond an expert's capacity; min(count, capacity) stay.
 
@@ -326,7 +326,7 @@ def capacity(
     return left.view_as(ids)
 
 
-def _priority(ids: Tensor, policy: str, weights: Tensor | None, seed: int | None) -> Tensor:
+def _priority(ids: Tensor, policy: str, weights: Tensor | None, seed: int | Tensor | None) -> Tensor:
     """[T * k]: assignments, the first to be served first."""
     index = torch.arange(ids.numel(), device=ids.device)
     if policy == "position":
@@ -334,7 +334,7 @@ def _priority(ids: Tensor, policy: str, weights: Tensor | None, seed: int | None
     if policy == "random":
         if seed is None:
             raise InputError("capacity: policy 'random' needs a seed")
-        return _mix(index + _mix(torch.tensor(seed % 2**63, device=ids.device))).argsort(stable=True)
+        return _mix(index + _mix(torch.as_tensor(seed % 2**63, device=ids.device))).argsort(stable=True)
     if policy not in ("probability", "batch_prioritised"):
         known = "position, probability, random, batch_prioritised"
         raise InputError(f"capacity: policy must be one of {known}, found {policy!r}")

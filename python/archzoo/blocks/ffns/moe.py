@@ -16,9 +16,8 @@ from archzoo.blocks.ffns.glu import GLU, SwiGLUConfig
 from archzoo.blocks.ffns.mlp import MLP, MLPConfig
 from archzoo.blocks.linear import Linear
 from archzoo.blocks.registry import FfnConfig, Site, require
-from archzoo.ops.balance import drop
 from archzoo.ops.experts import GATED, Activation, experts, routed
-from archzoo.ops.moe import GroupScore, Score, gate
+from archzoo.ops.moe import GroupScore, Score, capacity, gate
 
 
 class MoEConfig(FfnConfig):
@@ -237,6 +236,7 @@ class MoE(nn.Module):
             up_bias=self.experts.gate_up_bias,
             down_bias=self.experts.down_bias,
             scale_input=c.scale_input,
+            dropless=kept is ids,
         )
 
     def _kept(self, weights: Tensor, ids: Tensor, ctx: Context | None) -> Tensor:
@@ -253,7 +253,8 @@ class MoE(nn.Module):
             return ids
         if ctx is not None and ctx.valid is not None:  # padding takes no slot
             ids = torch.where(ctx.valid.view(-1, 1), ids, c.experts)
-        return drop(ids, weights.detach(), c.experts, slots, c.capacity.drop)
+        seed = torch.randint(2**62, (), device=ids.device) if c.capacity.drop == "random" else None
+        return capacity(ids, c.experts, slots, policy=c.capacity.drop, weights=weights.detach(), seed=seed)
 
     def _experts_choose(self, x: Tensor, ctx: Context | None) -> Tensor:
         c, tokens = self.config, x.shape[0]
@@ -269,13 +270,14 @@ class MoE(nn.Module):
             x,
             token.flatten(),
             p.gather(1, token).flatten(),
-            torch.full((c.experts,), count, device=x.device),
+            torch.full((c.experts,), count, dtype=torch.int32, device=x.device),
             self.experts.gate_up,
             self.experts.down,
             activation=c.activation,
             up_bias=self.experts.gate_up_bias,
             down_bias=self.experts.down_bias,
             scale_input=c.scale_input,
+            dropless=True,
         )
 
     def _report_chosen(self, p: Tensor, token: Tensor, valid: Tensor | None, ctx: Context) -> None:
