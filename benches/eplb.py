@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from harness import Row, interleaved, report
 from torch import Tensor

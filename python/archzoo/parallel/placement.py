@@ -13,7 +13,7 @@ from archzoo.errors import InputError
 
 @dataclass(frozen=True)
 class Placement:
-    """Experts of L layers in P slots each, P / gpus slots to a GPU, neighbours together. Int64, on the CPU."""
+    """Experts of L layers in P slots each, P / gpus slots to a GPU, neighbours together. Int64, CPU."""
 
     physical_to_logical: Tensor
     """[L, P]: the expert in each slot."""
