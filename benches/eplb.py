@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from harness import Row, interleaved, report
 from torch import Tensor
@@ -76,7 +74,6 @@ def main() -> None:
     for name, sizes in {
         "8 groups, 4 nodes, 32 GPUs": (288, 8, 4, 32),
         "global, 36 GPUs": (288, 1, 1, 36),
-        "global, 320 GPUs": (320, 1, 1, 320),
     }.items():
         t = interleaved(
             {"ours": lambda s=sizes: eplb(load, *s), "peer": lambda s=sizes: reference(load, *s)}, 3

@@ -172,7 +172,8 @@ def test_golden() -> None:
         ({"groups": 0}, "groups must divide the 8 experts, found 0"),
         ({"top_groups": 5}, r"top_groups must be in 1\.\.=4 .*found 5"),
         ({"top_groups": 0}, r"top_groups must be in 1\.\.=4 .*found 0"),
-        ({"bias": torch.zeros(7)}, r"bias must be \[8\], found \[7\]"),
+        ({"bias": torch.zeros(7)}, r"bias must be \[8\] on cpu, found \[7\] on cpu"),
+        ({"bias": torch.zeros(8, device="meta")}, r"bias must be \[8\] on cpu, found \[8\] on meta"),
         ({"bias": torch.full((8,), torch.nan)}, "bias must be finite, found NaN at expert 0"),
         ({"score": "relu"}, 'score must be .*found "relu"'),
         ({"group_score": "mean"}, 'group_score must be .*found "mean"'),
@@ -206,6 +207,20 @@ def test_no_tokens_and_strided_input() -> None:
     kwargs = GOLDEN | {"bias": bias}
     expected = gate(strided.contiguous(), **kwargs | {"bias": bias.contiguous()})
     for a, b in zip(gate(strided, **kwargs), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_default_dtype_and_device_do_not_matter() -> None:
+    expected = gate(GOLDEN_LOGITS, **GOLDEN)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = gate(GOLDEN_LOGITS, **GOLDEN)
+    finally:
+        torch.set_default_dtype(previous)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
         assert torch.equal(a, b)
 
 

@@ -353,7 +353,9 @@ fn choice_scores(score: Score, logit: &[f32], bias: &[f32], max: f32, sum: f32, 
             let factor = 1.0 / sum;
             rows.for_each(|((to, &x), &bias)| *to = bounded_exp(x - max) * factor + bias);
         }
-        Score::Sigmoid => rows.for_each(|((to, &x), &bias)| *to = 1.0 / (1.0 + bounded_exp(-x)) + bias),
+        Score::Sigmoid => {
+            rows.for_each(|((to, &x), &bias)| *to = 1.0 / (1.0 + bounded_exp(math::smaller(-x, 88.0))) + bias)
+        }
         Score::SoftmaxTopK => rows.for_each(|((to, &x), &bias)| *to = x + bias),
     }
 }
@@ -370,19 +372,19 @@ fn exp_sum(x: &[f32], max: f32) -> f32 {
     math::sum(&lanes)
 }
 
-/// `e^x`, but e^-87 below -87 (2e-38: nothing beside a score) and e^88 above 88. Off by |x| / 2^24 of itself,
-/// which no sum of scores or score feels: where |x| is large, the result or its share is small.
+/// `e^x` up to 88, but e^-87 below -87 (2e-38: nothing beside a score). Off by (1 + |x| / 2) / 2^23 of itself at
+/// most, which no score or sum of scores feels: where |x| is large, the result or its share is small.
 #[inline(always)]
 fn bounded_exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
     const LN2: f32 = std::f32::consts::LN_2;
-    let x = math::smaller(math::larger(x, -87.0), 88.0) * std::f32::consts::LOG2_E;
+    let x = math::larger(x, -87.0) * std::f32::consts::LOG2_E;
     let shifted = x + ROUND;
     let r = (x - (shifted - ROUND)) * LN2;
-    // The Taylor polynomial of degree 7, in pairs: the terms of a pair do not wait for another.
+    // The Taylor polynomial of degree 6, in pairs: the terms of a pair do not wait for another.
     let r2 = r * r;
     let low = (1.0 + r) + r2 * (1.0 / 2.0 + r * (1.0 / 6.0));
-    let high = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0 + r * (1.0 / 5040.0));
+    let high = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0);
     let p = low + r2 * r2 * high;
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23)) // times 2^n
 }

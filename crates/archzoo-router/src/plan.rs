@@ -69,8 +69,9 @@ pub fn plan(threads: Threads, ids: &[i64], experts: usize, top_k: usize, plan: P
         let inverse = unsafe { inverse.part(assignment, tokens * top_k) };
         for (ids, inverse) in stretch(i).chunks_exact(top_k).zip(inverse.chunks_exact_mut(top_k)) {
             for (&id, inverse) in ids.iter().zip(inverse) {
-                let row = next[id as usize];
-                next[id as usize] = row + 1;
+                let next = &mut next[id as usize];
+                let row = *next;
+                *next += 1;
                 *inverse = i64::from(row);
                 // SAFETY: the counts give each assignment a row of its own, below n.
                 unsafe {

@@ -39,7 +39,7 @@ def gate(
         raise InputError(f"gate: logits must be [tokens, experts], found {list(logits.shape)}")
     if logits.dtype not in _DTYPES:
         raise InputError(f"gate: logits must be floating point, found {logits.dtype}")
-    _check_gate(logits.shape[1], top_k, bias, groups, top_groups, scale)
+    _check_gate(logits, top_k, bias, groups, top_groups, scale)
     trained = logits.requires_grad and torch.is_grad_enabled()
     if not trained and addressable(logits, bias) and _is_native(logits):
         return _native_gate(logits, bias, top_k, score, groups, top_groups, group_score, renormalize, scale)
@@ -56,8 +56,9 @@ _DTYPES = {
 
 
 def _check_gate(
-    experts: int, top_k: int, bias: Tensor | None, groups: int, top_groups: int, scale: float
+    logits: Tensor, top_k: int, bias: Tensor | None, groups: int, top_groups: int, scale: float
 ) -> None:
+    experts = logits.shape[1]
     if groups < 1 or experts % groups:
         raise InputError(f"gate: groups must divide the {experts} experts, found {groups}")
     if not 1 <= top_groups <= groups:
@@ -67,8 +68,10 @@ def _check_gate(
         raise InputError(
             f"gate: top_k must be in 1..={most} (experts of {top_groups} of {groups} groups), found {top_k}"
         )
-    if bias is not None and bias.shape != (experts,):
-        raise InputError(f"gate: bias must be [{experts}], found {list(bias.shape)}")
+    if bias is not None and (bias.shape != (experts,) or bias.device != logits.device):
+        raise InputError(
+            f"gate: bias must be [{experts}] on {logits.device}, found {list(bias.shape)} on {bias.device}"
+        )
     if not math.isfinite(scale):
         raise InputError(f"gate: scale must be finite, found {scale}")
 
@@ -90,8 +93,8 @@ def _native_gate(
 ) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     tokens, experts = logits.shape
-    weights = torch.empty(tokens, top_k)
-    ids = torch.empty(tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
+    ids = logits.new_empty((tokens, top_k), dtype=torch.int64)
     address = 0
     if bias is not None:
         bias = bias.float().contiguous()
@@ -234,9 +237,13 @@ def _native_plan(ids: Tensor, num_experts: int) -> _PlanParts:
 
 def _empty_plan(ids: Tensor, num_experts: int) -> _PlanParts:
     n, device = ids.numel(), ids.device
-    order, inverse, token = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(3))
-    counts, offsets = (torch.empty(num_experts, dtype=torch.int32, device=device) for _ in range(2))
-    return order, inverse, token, counts, offsets
+    return (
+        torch.empty(n, dtype=torch.int64, device=device),
+        torch.empty(n, dtype=torch.int64, device=device),
+        torch.empty(n, dtype=torch.int64, device=device),
+        torch.empty(num_experts, dtype=torch.int32, device=device),
+        torch.empty(num_experts, dtype=torch.int32, device=device),
+    )
 
 
 def _reference_plan(ids: Tensor, num_experts: int) -> _PlanParts:

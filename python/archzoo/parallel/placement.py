@@ -13,7 +13,7 @@ from archzoo.errors import InputError
 
 @dataclass(frozen=True)
 class Placement:
-    """Experts of L layers in P slots each, P / gpus neighbouring slots to a GPU; int64, on the CPU."""
+    """Experts of L layers in P slots each, P / gpus slots to a GPU, neighbours together. Int64, CPU."""
 
     physical_to_logical: Tensor
     """[L, P]: the expert in each slot."""
@@ -38,9 +38,9 @@ def eplb(load: Tensor, replicas: int, groups: int, nodes: int, gpus: int) -> Pla
         if not 1 <= value < 2**31:
             raise InputError(f"eplb: {name} must be in 1..2**31, found {value}")
     load = load.detach().to("cpu", torch.float32).contiguous()
-    slots = torch.empty(layers, replicas, dtype=torch.int64)
+    slots = load.new_empty((layers, replicas), dtype=torch.int64)
     rank = torch.empty_like(slots)
-    counts = torch.empty(layers, experts, dtype=torch.int64)
+    counts = load.new_empty((layers, experts), dtype=torch.int64)
     out = (slots.data_ptr(), rank.data_ptr(), counts.data_ptr())
     try:
         cluster = (experts, replicas, groups, nodes, gpus)
@@ -48,6 +48,6 @@ def eplb(load: Tensor, replicas: int, groups: int, nodes: int, gpus: int) -> Pla
     except ValueError as error:
         raise InputError(f"eplb: {error}") from None
     most = int(counts.max()) if layers else 1
-    where = torch.full((layers, experts * most), -1)
-    where.scatter_(1, slots * most + rank, torch.arange(replicas).expand(layers, -1))
+    where = slots.new_full((layers, experts * most), -1)
+    where.scatter_(1, slots * most + rank, torch.arange(replicas, device="cpu").expand(layers, -1))
     return Placement(slots, where.view(layers, experts, most), counts)
