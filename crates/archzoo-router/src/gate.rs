@@ -219,7 +219,7 @@ impl Gate<'_> {
 }
 
 multiversion! {
-    /// Routes the tokens of one tile; `fault` becomes the first bad token.
+    /// Routes the tokens of one tile; `fault` becomes the least bad token known.
     fn route(
         logits: Logits<'_>, first: usize, gate: &Gate<'_>, weights: &mut [f32], ids: &mut [i64],
         fault: &AtomicUsize,
@@ -236,7 +236,7 @@ multiversion! {
     }
 }
 
-/// `W`: columns of the search for the largest. An error is the first bad token.
+/// `W`: columns of the search for the largest. An error is a bad token.
 #[inline(always)]
 fn rows<const W: usize>(
     logits: Logits,
@@ -271,18 +271,11 @@ fn rows<const W: usize>(
                 return Err(first + i);
             }
         }
-        if gate.score == Score::Softmax {
+        let softmax = gate.score == Score::Softmax;
+        if softmax && by_score {
             for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
-                max[i] = math::max(logit);
-                if !max[i].is_finite() {
-                    return Err(first + i); // an infinite logit, or none above -inf
-                }
-            }
-            // Renormalised, the weights need this sum only where those kept could be very small.
-            if by_score || !gate.renormalize {
-                for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
-                    sum[i] = exp_sum(logit, max[i]);
-                }
+                max[i] = finite(math::max(logit)).ok_or(first + i)?;
+                sum[i] = exp_sum(logit, max[i]);
             }
         }
         if by_score || limited {
@@ -305,6 +298,15 @@ fn rows<const W: usize>(
         let values = if by_score || limited { &choice } else { &logit };
         top_k::top_k::<W>(&values[..count * padded], padded, top_k, &mut chosen);
 
+        if softmax && !by_score {
+            for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {
+                max[i] = finite(logit[chosen[i * top_k] as usize]).ok_or(first + i)?;
+                // Renormalised, the weights do not need the sum: those kept have the largest of it.
+                if !gate.renormalize {
+                    sum[i] = exp_sum(logit, max[i]);
+                }
+            }
+        }
         let rows = weights.chunks_exact_mut(top_k).zip(ids.chunks_exact_mut(top_k));
         for (i, ((weights, ids), chosen)) in rows.zip(chosen.chunks_exact(top_k)).enumerate() {
             let logit = &logit[i * padded..(i + 1) * padded];
@@ -314,15 +316,19 @@ fn rows<const W: usize>(
             }
             if gate.score == Score::SoftmaxTopK {
                 let max = weights.iter().copied().fold(f32::NEG_INFINITY, math::larger);
-                if !max.is_finite() {
-                    return Err(first + i);
-                }
+                let max = finite(max).ok_or(first + i)?;
                 weights.iter_mut().for_each(|w| *w -= max);
             }
         }
         finish(gate, weights, &sum);
     }
     Ok(())
+}
+
+/// The largest logit of a softmax, unless it is infinite or none is above -inf.
+#[inline(always)]
+fn finite(max: f32) -> Option<f32> {
+    max.is_finite().then_some(max)
 }
 
 /// From the chosen logits (less the maximum, for a softmax) to weights, for a block of tokens at once.

@@ -87,6 +87,24 @@ fn names_the_first_token_that_is_not_a_number() {
 }
 
 #[test]
+fn an_infinite_logit_is_an_error_of_a_softmax_and_only_there() {
+    let bias = [0.1; 128];
+    for (at, value) in [(70, f32::INFINITY), (3, f32::NEG_INFINITY)] {
+        let mut logits = vec![0.25; 128];
+        logits[at] = value;
+        for score in [Score::Softmax, Score::SoftmaxTopK, Score::Sigmoid] {
+            for bias in [None, Some(&bias[..])] {
+                for (top_k, groups, top_groups) in [(40, 1, 1), (8, 1, 1), (20, 8, 4)] {
+                    let config = Gate { experts: 128, top_k, score, bias, groups, top_groups, ..GOLDEN };
+                    let bad = value > 0.0 && score != Score::Sigmoid;
+                    assert_eq!(route(&config, Logits::F32(&logits), 1).is_err(), bad, "{config:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn no_tokens() {
     assert_eq!(route(&GOLDEN, Logits::F32(&[]), 0).unwrap(), (vec![], vec![]));
 }

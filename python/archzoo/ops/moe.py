@@ -33,7 +33,10 @@ def gate(
     """Expert weights [T, k] fp32 and ids [T, k] int64 of router logits [T, E]; lowest index wins ties.
 
     `bias` [E] takes part in the choice only. With groups > 1 only the `top_groups` best of the E / groups
-    sized groups may be chosen from (DeepSeek-V2/V3, 2412.19437). CPU tensors go through Rust.
+    sized groups may be chosen from (DeepSeek-V2/V3, 2412.19437).
+
+    CPU tensors go through Rust: ids by descending score, and without gradients the weights too, within 2e-6
+    (relative) of the definition; a token whose scores are NaN is an error that names it.
     """
     if logits.dim() != 2:
         raise InputError(f"gate: logits must be [tokens, experts], found {list(logits.shape)}")
