@@ -24,7 +24,7 @@ __all__ = [
     "linear",
     "plan",
     "rms_norm",
-    "ssd_decay",
+    "ssd_scan",
     "ssd_step",
     "write_shards",
 ]
@@ -210,16 +210,25 @@ def conv(
 ) -> None:
     """A causal convolution by address, fp32. shape: rows, tokens, channels, taps; x: address, strides."""
 
-def ssd_decay(shape: tuple[int, int, int, int], scores: int, sums: int, out: int, threads: int) -> None:
-    """Scores `[n, groups, q, q]` fp32 times causal decays of sums `[n, heads, q]` fp64, by address.
-
-    shape: n, heads, groups, q.
-    """
-
 def conv_step(
     x: int, state: int, weight: int, bias: int, rows: int, c: int, k: int, silu: bool, out: int
 ) -> None:
     """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`."""
+
+def ssd_scan(
+    shape: tuple[int, int, int, int, int, int, int],
+    x: int,
+    a: int,
+    b: int,
+    c: int,
+    state: int,
+    y: int,
+    threads: int,
+) -> None:
+    """The Mamba-2 recurrence by address, fp32, state in place; B, C `[batch, groups, tokens, state_size]`.
+
+    shape: batch, tokens, heads, head_dim, state_size, groups of B, groups of C.
+    """
 
 def ssd_step(
     shape: tuple[int, int, int, int, int, int],

@@ -1,9 +1,7 @@
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use archzoo_simd::math::{exp, larger, smaller};
 use archzoo_simd::{InstructionSet, multiversion};
 
-use crate::parallel::{Shared, Threads};
+use crate::parallel::{Shared, Threads, each};
 use crate::product::product;
 use crate::value::Value;
 
@@ -176,20 +174,6 @@ fn share(threads: Threads<'_>, batch: &[Segment], width: usize, work: impl Fn(Se
     each(threads, batch.len() * blocks, |i| {
         let from = i % blocks * COLUMNS;
         work(batch[i / blocks], from, width.min(from + COLUMNS));
-    });
-}
-
-/// Calls `work(0..tasks)`; a thread that is done takes the next.
-fn each(threads: Threads<'_>, tasks: usize, work: impl Fn(usize) + Sync) {
-    let next = AtomicUsize::new(0);
-    threads.share(threads.count.min(tasks), |_| {
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
-            }
-            work(task);
-        }
     });
 }
 

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::ThreadPool;
 
 /// Threads that share a piece of work; the calling thread is one of them.
@@ -23,6 +25,20 @@ impl Threads<'_> {
             work(0);
         });
     }
+}
+
+/// Calls `work(0..tasks)`; a thread that is done takes the next.
+pub(crate) fn each(threads: Threads<'_>, tasks: usize, work: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    threads.share(threads.count.min(tasks), |_| {
+        loop {
+            let task = next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                return;
+            }
+            work(task);
+        }
+    });
 }
 
 /// A pointer that shares of one job write through, each to places of its own.

@@ -3,7 +3,9 @@
 
 #![allow(clippy::too_many_arguments)] // addresses and sizes, flat because a tuple costs more to unpack
 
-use archzoo_decode::{Activation, Attention, Cached, Conv, Experts, Gate, Matrix, SsdStep, Threads, Value};
+use archzoo_decode::{
+    Activation, Attention, Cached, Conv, Experts, Gate, Matrix, SsdScan, SsdStep, Threads, Value,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -236,37 +238,6 @@ pub fn conv(
     Ok(())
 }
 
-/// Scores `[n, groups, q, q]` f32 times the decays of the sums `[n, heads, q]` f64, causal: `[n, heads, q, q]`.
-#[pyfunction]
-pub fn ssd_decay(
-    py: Python<'_>,
-    shape: (usize, usize, usize, usize),
-    scores: usize,
-    sums: usize,
-    out: usize,
-    threads: usize,
-) -> PyResult<()> {
-    let (n, heads, groups, q) = shape;
-    let pool = crate::pool::current()?;
-    let threads = Threads { pool: &pool, count: threads };
-    py.detach(|| {
-        // SAFETY: as in `linear`.
-        unsafe {
-            let (scores, sums) = (slice(scores, n * groups * q * q), slice(sums, n * heads * q));
-            archzoo_decode::ssd_decay(
-                threads,
-                scores,
-                sums,
-                heads,
-                groups,
-                q,
-                slice_mut(out, n * heads * q * q),
-            );
-        }
-    });
-    Ok(())
-}
-
 /// One step of a causal convolution in f32: x, out `[rows, c]`, state `[rows, k, c]`, weight `[c, k]`.
 #[pyfunction]
 pub fn conv_step(
@@ -327,6 +298,46 @@ pub fn ssd_step(
             };
             let threads = Threads { pool: &pool, count: threads };
             archzoo_decode::ssd_step(threads, step, slice_mut(state, n * state_size), slice_mut(y, n));
+        }
+    });
+    Ok(())
+}
+
+/// The Mamba-2 recurrence in f32, state in place; shape = (batch, tokens, heads, head_dim, state_size, B groups,
+/// C groups), B and C `[batch, groups, tokens, state_size]`.
+#[pyfunction]
+pub fn ssd_scan(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize, usize, usize, usize),
+    x: usize,
+    a: usize,
+    b: usize,
+    c: usize,
+    state: usize,
+    y: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (batch, tokens, heads, head_dim, state_size, b_groups, c_groups) = shape;
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        let n = batch * tokens * heads * head_dim;
+        let wide = |groups: usize| batch * groups * tokens * state_size;
+        // SAFETY: as in `linear`.
+        unsafe {
+            let scan = SsdScan {
+                batch,
+                tokens,
+                heads,
+                head_dim,
+                state_size,
+                x: slice(x, n),
+                a: slice(a, batch * tokens * heads),
+                b: slice(b, wide(b_groups)),
+                c: slice(c, wide(c_groups)),
+            };
+            let state = slice_mut(state, batch * heads * head_dim * state_size);
+            archzoo_decode::ssd_scan(threads, scan, state, slice_mut(y, n));
         }
     });
     Ok(())

@@ -17,7 +17,7 @@ mod _rust {
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
     use super::decode::{
-        attention, conv, conv_step, experts, gated_rms_norm, linear, rms_norm, ssd_decay, ssd_step,
+        attention, conv, conv_step, experts, gated_rms_norm, linear, rms_norm, ssd_scan, ssd_step,
     };
     #[pymodule_export]
     use super::eplb::eplb;

@@ -42,7 +42,43 @@ def ssd(
     """
     if choose(x) == "reference":
         return _reference(x, a, B, C, state, seq_idx)
+    if seq_idx is None and x.numel() and _fits(x, a, B, C, state):
+        return _rust_scan(x, a, B, C, state)
     return _chunked(x, a, B, C, chunk_size, state, seq_idx)
+
+
+def _fits(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> bool:
+    b, t, h, p = x.shape
+    n = B.shape[-1]
+    fits = a.shape == (b, t, h) and h % B.shape[2] == 0 == h % C.shape[2]
+    fits = fits and (*B.shape[:2], *C.shape[:2], C.shape[-1]) == (b, t, b, t, n)
+    fits = fits and (state is None or state.shape == (b, h, p, n))
+    return fits and all(native(strided=v) for v in (x, a, B, C, state))
+
+
+def _rust_scan(x: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All heads in one call, a chunk at a time, for inference on a CPU."""
+    b, t, h, p = x.shape
+    n = B.shape[-1]
+    x, a, B, C = (
+        x.contiguous(),
+        a.contiguous(),
+        B.transpose(1, 2).contiguous(),
+        C.transpose(1, 2).contiguous(),
+    )
+    y = torch.empty_like(x)
+    end = x.new_zeros(b, h, p, n) if state is None else state.clone(memory_format=torch.contiguous_format)
+    _rust.ssd_scan(
+        (b, t, h, p, n, B.shape[1], C.shape[1]),
+        x.data_ptr(),
+        a.data_ptr(),
+        B.data_ptr(),
+        C.data_ptr(),
+        end.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, end
 
 
 def _heads(t: Tensor, heads: int) -> Tensor:
@@ -126,12 +162,7 @@ def _chunked(
 
 def _decayed(scores: Tensor, sums: Tensor) -> Tensor:
     """[b, c, h, q, q]: scores [b, c, g, q, q] times exp(sum i - sum j) of sums [b, c, h, q] fp64, causal."""
-    (b, c, h, q), g = sums.shape, scores.shape[2]
-    if scores.numel() and native(scores) and not (torch.is_grad_enabled() and sums.requires_grad):
-        out, sums = scores.new_empty(b, c, h, q, q), sums.contiguous()
-        shape = b * c, h, g, q
-        _rust.ssd_decay(shape, scores.data_ptr(), sums.data_ptr(), out.data_ptr(), torch.get_num_threads())
-        return out
+    (h, q), g = sums.shape[2:], scores.shape[2]
     causal = torch.ones(q, q, dtype=torch.bool, device=scores.device).tril()
     # In two parts: the difference of the leading ones rounds by its own size, the rest corrects them.
     high = sums.to(scores.dtype)
