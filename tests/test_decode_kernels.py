@@ -10,6 +10,8 @@ from torch import Tensor
 
 from archzoo.ops import attention as attention_op
 from archzoo.ops import conv, norm, ssd
+from archzoo.ops import experts as experts_op
+from archzoo.ops import linear as linear_op
 from archzoo.ops.backend import backend, native, row_stride
 
 
@@ -174,3 +176,76 @@ def test_native_says_no() -> None:
         assert native(x)
     with backend("reference"):
         assert not native(x.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "d", "hidden"), [(1, 64, 96), (3, 100, 130), (16, 33, 70)])
+def test_swiglu(rows: int, d: int, hidden: int, dtype: torch.dtype) -> None:
+    x, down = torch.randn(rows, d).to(dtype), torch.randn(d, hidden).to(dtype)
+    gate, up = torch.randn(2, hidden, d).to(dtype)
+    assert linear_op.few(x, gate)
+    fast = linear_op.swiglu(x, gate, up, down).double()
+    g, u = x.double() @ gate.double().t(), x.double() @ up.double().t()
+    exact = (torch.nn.functional.silu(g) * u) @ down.double().t()
+    assert (fast - exact).abs().max() < exact.abs().max() * (1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("slots", [1, 100, 1000])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+def test_latent_attention(heads: int, groups: int, slots: int) -> None:
+    batch, rank, nope, rope, v_dim = 2, 40, 24, 8, 17
+    room = torch.randn(batch, slots + 5, rank + rope)
+    keys, weight = room[:, :slots], torch.randn(groups, nope + v_dim, rank)
+    q = torch.randn(batch, heads, nope + rope)
+    fast = attention_op.latent_attention(q, keys, weight, v_dim, 0.2)
+    assert fast is not None
+    up = weight.double().repeat_interleave(heads // groups, 0)
+    latent, rotated = keys.double().split((rank, rope), -1)
+    scores = torch.einsum("bhn,hnr,bsr->bhs", q[..., :nope].double(), up[:, :nope], latent)
+    scores = (scores + torch.einsum("bhp,bsp->bhs", q[..., nope:].double(), rotated)) * 0.2
+    exact = torch.einsum("bhs,bsr,hvr->bhv", scores.softmax(-1), latent, up[:, nope:])
+    torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=1e-4)
+    assert attention_op.latent_attention(q.bfloat16(), keys, weight, v_dim, 0.2) is None
+    assert attention_op.latent_attention(q[..., 1:], keys, weight, v_dim, 0.2) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_and_their_gradients(
+    dtype: torch.dtype, many: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_op, "MANY_ROWS", 0 if many else 10**9)
+    tokens, count, k, d, hidden = 90, 6, 2, 72, 40
+    ids = torch.stack([torch.randperm(count - 1)[:k] for _ in range(tokens)])  # the last expert idles
+    ids[3, 1] = count  # dropped
+    leaves = [
+        torch.randn(tokens, d).to(dtype),
+        torch.rand(tokens, k),
+        (torch.randn(count, 2 * hidden, d) * d**-0.5).to(dtype),
+        (torch.randn(count, d, hidden) * hidden**-0.5).to(dtype),
+    ]
+    upstream = torch.randn(tokens, d).to(dtype)
+
+    def run(parts: list[Tensor]) -> list[Tensor]:
+        x, weights, up, down = parts = [t.clone().requires_grad_() for t in parts]
+        out = experts_op.experts(x, weights, ids, up, down)
+        out.backward(upstream.to(out.dtype))
+        return [out.detach(), *(t.grad for t in parts if t.grad is not None)]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast = run(leaves)
+        with torch.no_grad():
+            again = experts_op.experts(leaves[0], leaves[1], ids, *leaves[2:])
+    finally:
+        torch.set_num_threads(before)
+    with backend("reference"):
+        exact = run([t.double() for t in leaves])
+    assert len(fast) == len(exact) == 5
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    for a, b in zip([*fast, again], [*exact, exact[0]], strict=True):
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+    assert not fast[3][-1].any()
+    assert not fast[4][-1].any()

@@ -21,11 +21,13 @@ __all__ = [
     "gated_rms_norm",
     "has_bfloat16",
     "instruction_set",
+    "latent_attention",
     "linear",
     "plan",
     "rms_norm",
     "ssd_scan",
     "ssd_step",
+    "swiglu",
     "write_shards",
 ]
 __version__: str
@@ -214,6 +216,31 @@ def conv_step(
     x: int, state: int, weight: int, bias: int, rows: int, c: int, k: int, silu: bool, out: int
 ) -> None:
     """A step of a causal convolution by address: x, out `[rows, c]`, state `[rows, k, c]`."""
+
+def latent_attention(
+    shape: tuple[int, int, int, int, int, int, int, int],
+    q: int,
+    keys: tuple[int, tuple[int, int]],
+    weight: int,
+    scale: float,
+    bfloat16: bool,
+    out: int,
+    threads: int,
+) -> None:
+    """Absorbed latent attention of one query per row by address; keys: address, strides of row and slot.
+
+    shape: batch, heads, heads of the up-projection, slots, rank, nope, rope and value channels.
+    """
+
+def swiglu(
+    shape: tuple[int, int, int],
+    x: int,
+    weights: tuple[int, int, int],
+    bfloat16: bool,
+    out: int,
+    threads: int,
+) -> None:
+    """A SwiGLU by address: x, out fp32 `[rows, d]`, weights gate, up, down. shape: rows, d, hidden."""
 
 def ssd_scan(
     shape: tuple[int, int, int, int, int, int, int],

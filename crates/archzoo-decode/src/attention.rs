@@ -2,6 +2,7 @@ use archzoo_simd::math::exp;
 use archzoo_simd::{InstructionSet, multiversion};
 
 use crate::parallel::{Shared, Threads};
+use crate::product::product;
 use crate::value::{Value, dot};
 
 /// Keys handled at a time: scores and widened rows of a block stay in the first cache level.
@@ -102,6 +103,92 @@ pub fn attention<T: Value>(
                 for (o, p) in out.iter_mut().zip(&part(s)[2..]) {
                     *o += factor * p;
                 }
+            }
+        }
+    }
+}
+
+/// Shapes of one step of absorbed latent attention (MLA): a query per row and head over cached latents.
+#[derive(Clone, Copy, Debug)]
+pub struct Latent {
+    /// Sequences.
+    pub batch: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Heads of the up-projection; query head i uses head i / (heads / groups).
+    pub groups: usize,
+    /// Cached latents, all of which are seen.
+    pub slots: usize,
+    /// Channels of a latent.
+    pub rank: usize,
+    /// Channels of a head's query that meet the latent through the up-projection.
+    pub nope_dim: usize,
+    /// Channels that are rotated and meet the cache as they are.
+    pub rope_dim: usize,
+    /// Channels of a head's result.
+    pub v_dim: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+}
+
+/// Attention over the latents themselves: the up-projection `weight` `[groups, nope_dim + v_dim, rank]` moves
+/// into queries and results. q `[batch, heads, nope_dim + rope_dim]`, out `[batch, heads, v_dim]`; `keys` holds
+/// `rank + rope_dim` channels a slot.
+///
+/// # Panics
+/// When a length does not fit.
+pub fn latent_attention<T: Value>(
+    threads: Threads<'_>,
+    shape: Latent,
+    q: &[f32],
+    keys: Cached<'_, T>,
+    weight: &[T],
+    out: &mut [f32],
+) {
+    let Latent { batch, heads, groups, slots, rank, nope_dim, rope_dim, v_dim, scale } = shape;
+    assert!(groups > 0 && heads.is_multiple_of(groups), "heads must be a multiple of groups");
+    let (count, width) = (batch * heads, rank + rope_dim);
+    assert!(q.len() == count * (nope_dim + rope_dim) && out.len() == count * v_dim, "q or out do not fit");
+    assert!(weight.len() == groups * (nope_dim + v_dim) * rank, "the weight does not fit");
+    let set = InstructionSet::current();
+    let up = |head: usize| &weight[head / (heads / groups) * (nope_dim + v_dim) * rank..];
+    let mut queries = vec![0.0f32; count * width];
+    let into = Shared(queries.as_mut_ptr());
+    let shares = threads.count.min(count * rank * nope_dim / UP_SHARE).max(1);
+    threads.share(shares, |share| {
+        for i in count * share / shares..count * (share + 1) / shares {
+            let q = &q[i * (nope_dim + rope_dim)..][..nope_dim + rope_dim];
+            // SAFETY: head i has this place to itself.
+            let to = unsafe { into.slice(i * width, width) };
+            absorb(set, &q[..nope_dim], up(i % heads), &mut to[..rank]);
+            to[rank..].copy_from_slice(&q[nope_dim..]);
+        }
+    });
+    let mut mixed = vec![0.0f32; count * rank];
+    let single = Attention { batch, heads, groups: 1, slots, key_dim: width, value_dim: rank, scale };
+    attention(threads, single, &queries, keys, keys, &mut mixed);
+    let into = Shared(out.as_mut_ptr());
+    threads.share(shares, |share| {
+        for i in count * share / shares..count * (share + 1) / shares {
+            let rows = [&mixed[i * rank..(i + 1) * rank]];
+            let weight = &up(i % heads)[nope_dim * rank..(nope_dim + v_dim) * rank];
+            // SAFETY: head i has this place to itself.
+            let to = unsafe { into.slice(i * v_dim, v_dim) };
+            product(set, &rows, rank, weight, 0..v_dim, |_, j, sum| to[j] = sum);
+        }
+    });
+}
+
+/// A share of fewer products than this is not worth another thread.
+const UP_SHARE: usize = 1 << 16;
+
+multiversion! {
+    /// `out = Σ_j q[j] · rows[j]` over rows of the length of `out`.
+    fn absorb<T: Value>(q: &[f32], rows: &[T], out: &mut [f32]) {
+        out.fill(0.0);
+        for (q, row) in q.iter().zip(rows.chunks_exact(out.len())) {
+            for (o, w) in out.iter_mut().zip(row) {
+                *o += q * w.widen();
             }
         }
     }

@@ -5,8 +5,11 @@ use crate::parallel::{Shared, Threads, each};
 use crate::product::product;
 use crate::value::Value;
 
-/// Rows handled together: they and what is between the products stay in the second cache level.
-const BATCH: usize = 64;
+/// Rows of an expert handled together: they stay in the second cache level.
+const ROWS: usize = 64;
+
+/// Rows between two meetings of the threads.
+const BATCH: usize = 512;
 
 /// Columns that a thread takes at a time.
 const COLUMNS: usize = 64;
@@ -39,6 +42,57 @@ pub struct Experts<'a, T> {
     pub activation: Activation,
     /// The scale is on the input instead of the result (Llama 4).
     pub scale_input: bool,
+}
+
+/// A gated feed-forward of its own: `out = (silu(x gateᵀ) · x upᵀ) downᵀ` for rows of `d`.
+///
+/// `gate` and `up` are `[hidden, d]`, `down` is `[d, hidden]`.
+///
+/// # Panics
+/// When a length does not fit.
+pub fn swiglu<T: Value>(
+    threads: Threads<'_>,
+    x: &[f32],
+    d: usize,
+    gate: &[T],
+    up: &[T],
+    down: &[T],
+    out: &mut [f32],
+) {
+    assert!(d > 0 && x.len().is_multiple_of(d) && out.len() == x.len(), "x or out do not fit");
+    assert!(
+        gate.len() == up.len() && down.len() == up.len() && up.len().is_multiple_of(d),
+        "weights do not fit"
+    );
+    let (set, hidden, rows) = (InstructionSet::current(), up.len() / d, x.len() / d);
+    let mut between = vec![0.0f32; rows * 2 * hidden]; // of each row: gate, which becomes the activation, and up
+    let (between, out) = (Shared(between.as_mut_ptr()), Shared(out.as_mut_ptr()));
+    let xs: Vec<&[f32]> = x.chunks_exact(d).collect();
+    each(threads, hidden.div_ceil(COLUMNS), |i| {
+        let (from, to) = (i * COLUMNS, hidden.min((i + 1) * COLUMNS));
+        for (weights, at) in [(gate, 0), (up, hidden)] {
+            product(set, &xs, d, weights, from..to, |r, j, sum| {
+                // SAFETY: these columns belong to this call.
+                unsafe { between.slice(r * 2 * hidden + at + j, 1)[0] = sum };
+            });
+        }
+        for r in 0..rows {
+            // SAFETY: as above; the two ranges are apart.
+            let (gate, up) = unsafe {
+                let gate = between.slice(r * 2 * hidden + from, to - from);
+                (gate, between.slice(r * 2 * hidden + hidden + from, to - from))
+            };
+            gated(set, gate, up);
+        }
+    });
+    // SAFETY: nobody writes any more.
+    let acts: Vec<&[f32]> = (0..rows).map(|r| unsafe { &*between.slice(r * 2 * hidden, hidden) }).collect();
+    each(threads, d.div_ceil(COLUMNS), |i| {
+        product(set, &acts, hidden, down, i * COLUMNS..d.min((i + 1) * COLUMNS), |r, j, sum| {
+            // SAFETY: these columns of the output belong to this call.
+            unsafe { out.slice(r * d + j, 1)[0] = sum };
+        });
+    });
 }
 
 /// A part of one expert's rows: `start..stop` of the assignments.
@@ -121,7 +175,7 @@ pub fn experts<T: Value>(
                     }
                 }
                 match activation {
-                    Activation::Swiglu => swiglu(set, gate, up),
+                    Activation::Swiglu => gated(set, gate, up),
                     Activation::ClampedSwiglu => clamped_swiglu(set, gate, up),
                 }
             }
@@ -146,7 +200,7 @@ pub fn experts<T: Value>(
     }
 }
 
-/// The assignments in parts of about [`BATCH`] rows, an expert with more in several.
+/// The assignments in parts of at most [`BATCH`] rows, an expert with more than [`ROWS`] in several segments.
 fn batches(counts: &[i32]) -> Vec<Vec<Segment>> {
     let mut out: Vec<Vec<Segment>> = Vec::new();
     let (mut start, mut room) = (0, 0);
@@ -157,7 +211,7 @@ fn batches(counts: &[i32]) -> Vec<Vec<Segment>> {
                 out.push(Vec::new());
                 room = BATCH;
             }
-            let stop = end.min(start + room);
+            let stop = end.min(start + room.min(ROWS));
             if let Some(last) = out.last_mut() {
                 last.push(Segment { expert, start, stop });
             }
@@ -178,7 +232,7 @@ fn share(threads: Threads<'_>, batch: &[Segment], width: usize, work: impl Fn(Se
 }
 
 multiversion! {
-    fn swiglu(gate: &mut [f32], up: &[f32]) {
+    fn gated(gate: &mut [f32], up: &[f32]) {
         for (g, u) in gate.iter_mut().zip(up) {
             *g = *g / (1.0 + exp(-*g)) * u;
         }

@@ -14,9 +14,9 @@ mod product;
 mod ssd;
 mod value;
 
-pub use attention::{Attention, Cached, attention};
+pub use attention::{Attention, Cached, Latent, attention, latent_attention};
 pub use conv::{Conv, conv, conv_step};
-pub use experts::{Activation, Experts, experts};
+pub use experts::{Activation, Experts, experts, swiglu};
 pub use linear::{Matrix, linear};
 pub use norm::{Gate, gated_rms_norm, rms_norm};
 pub use parallel::Threads;

@@ -9,7 +9,7 @@ use archzoo_simd::InstructionSet;
 const BLOCK: usize = 64;
 
 /// A share smaller than this is not worth another thread.
-const TASK_BYTES: usize = 1 << 16;
+const TASK_BYTES: usize = 1 << 17;
 
 /// One weight matrix, row-major, with its optional bias `[n]`.
 #[derive(Clone, Copy, Debug)]

@@ -121,7 +121,7 @@ mod x86 {
     const SIDE: usize = 2;
 
     macro_rules! tile {
-        ($name:ident, $feature:literal, $lanes:literal, $zero:ident, $load:ident, $fma:ident, $add:ident, $reduce:ident, $widen:ident) => {
+        ($name:ident, $feature:literal, $lanes:literal, $zero:ident, $load:ident, $fma:ident, $add:ident, $reduce:ident, $reduce4:ident, $widen:ident) => {
             /// # Safety
             /// Every row of x and of the weights, which follow each other, has k values.
             #[target_feature(enable = $feature)]
@@ -158,12 +158,18 @@ mod x86 {
                         }
                     }
                     for r in 0..R {
-                        for c in 0..C {
-                            let mut sum = $reduce($add(acc[r][c][0], acc[r][c][1]));
-                            for i in whole..k {
-                                sum += *xs[r].add(i) * (*weights.add(c * k + i)).widen();
+                        if C == 4 {
+                            let four = $reduce4(acc[r][0][0], acc[r][1][0], acc[r][2][0], acc[r][3][0]);
+                            sums[r].copy_from_slice(&four[..C]);
+                        } else {
+                            for c in 0..C {
+                                sums[r][c] = $reduce($add(acc[r][c][0], acc[r][c][1]));
                             }
-                            sums[r][c] = sum;
+                        }
+                        for c in 0..C {
+                            for i in whole..k {
+                                sums[r][c] += *xs[r].add(i) * (*weights.add(c * k + i)).widen();
+                            }
                         }
                     }
                 }
@@ -179,9 +185,26 @@ mod x86 {
         _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
     }
 
+    /// The sums of four vectors.
+    #[target_feature(enable = "avx2,fma")]
+    fn sums256(a: __m256, b: __m256, c: __m256, d: __m256) -> [f32; 4] {
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        let four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
+        let mut out = [0.0; 4];
+        // SAFETY: four values fit.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), four) };
+        out
+    }
+
     #[target_feature(enable = "avx512f,avx512bw")]
     fn sum512(v: __m512) -> f32 {
         _mm512_reduce_add_ps(v)
+    }
+
+    /// The sums of four vectors.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn sums512(a: __m512, b: __m512, c: __m512, d: __m512) -> [f32; 4] {
+        [a, b, c, d].map(|v| _mm512_reduce_add_ps(v))
     }
 
     tile!(
@@ -193,6 +216,7 @@ mod x86 {
         _mm256_fmadd_ps,
         _mm256_add_ps,
         sum256,
+        sums256,
         load256
     );
     tile!(
@@ -204,6 +228,7 @@ mod x86 {
         _mm512_fmadd_ps,
         _mm512_add_ps,
         sum512,
+        sums512,
         load512
     );
 }

@@ -4,7 +4,7 @@
 #![allow(clippy::too_many_arguments)] // addresses and sizes, flat because a tuple costs more to unpack
 
 use archzoo_decode::{
-    Activation, Attention, Cached, Conv, Experts, Gate, Matrix, SsdScan, SsdStep, Threads, Value,
+    Activation, Attention, Cached, Conv, Experts, Gate, Latent, Matrix, SsdScan, SsdStep, Threads, Value,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -375,6 +375,84 @@ pub fn attention(
             } else {
                 let (k, v) = (cached::<f32>(shape, k, key_dim), cached::<f32>(shape, v, value_dim));
                 archzoo_decode::attention(threads, shape, q, k, v, out);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Absorbed latent attention of one query per row and head; shape = (batch, heads, up-projection heads, slots,
+/// rank, nope, rope and value channels); keys are an address and the strides of row and slot; q, out f32.
+#[pyfunction]
+pub fn latent_attention(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize, usize, usize, usize, usize),
+    q: usize,
+    keys: (usize, [usize; 2]),
+    weight: usize,
+    scale: f32,
+    bfloat16: bool,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (batch, heads, groups, slots, rank, nope_dim, rope_dim, v_dim) = shape;
+    let shape = Latent { batch, heads, groups, slots, rank, nope_dim, rope_dim, v_dim, scale };
+    if groups == 0 || heads % groups != 0 {
+        return Err(PyValueError::new_err("latent_attention: heads must be a multiple of groups"));
+    }
+    let single =
+        Attention { batch, heads, groups: 1, slots, key_dim: rank + rope_dim, value_dim: rank, scale };
+    let keys = (keys.0, [keys.1[0], 0, keys.1[1]]);
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        let up = groups * (nope_dim + v_dim) * rank;
+        // SAFETY: as in `linear`.
+        unsafe {
+            let q = slice(q, batch * heads * (nope_dim + rope_dim));
+            let out = slice_mut(out, batch * heads * v_dim);
+            if bfloat16 {
+                let keys = cached::<u16>(single, keys, rank + rope_dim);
+                archzoo_decode::latent_attention(threads, shape, q, keys, slice(weight, up), out);
+            } else {
+                let keys = cached::<f32>(single, keys, rank + rope_dim);
+                archzoo_decode::latent_attention(threads, shape, q, keys, slice(weight, up), out);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// A SwiGLU in f32 over weights in f32 or bf16: x, out `[rows, d]`; weights = addresses of gate and up
+/// `[hidden, d]` and down `[d, hidden]`.
+#[pyfunction]
+pub fn swiglu(
+    py: Python<'_>,
+    shape: (usize, usize, usize),
+    x: usize,
+    weights: (usize, usize, usize),
+    bfloat16: bool,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (rows, d, hidden) = shape;
+    if d == 0 || hidden == 0 {
+        return Err(PyValueError::new_err("swiglu: no channels"));
+    }
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    let (gate, up, down) = weights;
+    py.detach(|| {
+        let n = d * hidden;
+        // SAFETY: as in `linear`.
+        unsafe {
+            let (x, out) = (slice(x, rows * d), slice_mut(out, rows * d));
+            if bfloat16 {
+                let (gate, up, down) = (slice::<u16>(gate, n), slice::<u16>(up, n), slice::<u16>(down, n));
+                archzoo_decode::swiglu(threads, x, d, gate, up, down, out);
+            } else {
+                let (gate, up, down) = (slice::<f32>(gate, n), slice::<f32>(up, n), slice::<f32>(down, n));
+                archzoo_decode::swiglu(threads, x, d, gate, up, down, out);
             }
         }
     });

@@ -17,7 +17,8 @@ mod _rust {
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
     use super::decode::{
-        attention, conv, conv_step, experts, gated_rms_norm, linear, rms_norm, ssd_scan, ssd_step,
+        attention, conv, conv_step, experts, gated_rms_norm, latent_attention, linear, rms_norm, ssd_scan,
+        ssd_step, swiglu,
     };
     #[pymodule_export]
     use super::eplb::eplb;

@@ -14,9 +14,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def plain(*layers: nn.Module) -> bool:
+    """Whether all are `Linear`s that do what their weights say: no adapter, no hook."""
+    return all(type(layer) is Linear and not _hooked(layer) for layer in layers)
+
+
 def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """The outputs of several layers on one input, in one pass when all are plain `Linear`s."""
-    if all(type(layer) is Linear and not _hooked(layer) for layer in layers):
+    if plain(*layers):
         return linears(x, [(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
     return [layer(x) for layer in layers]
 

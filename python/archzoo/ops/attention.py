@@ -32,10 +32,13 @@ def attention(
         return _decode(q, k, v, scale, mask, sinks)
     if sinks is not None:
         return _with_sinks(q, k, v, scale, mask, causal, sinks)
-    grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(
+    grouped, width = k.shape[1] != q.shape[1], v.shape[-1]
+    if backend == "cpu" and width < q.shape[-1] and v.shape[:-1] == k.shape[:-1]:  # torch's flash attention wants one width
+        v = F.pad(v, (0, q.shape[-1] - width))
+    o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+    return o[..., :width]
 
 
 def _reference(
@@ -137,3 +140,31 @@ def _rust_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         torch.get_num_threads(),
     )
     return out.to(v.dtype)
+
+
+def latent_attention(q: Tensor, keys: Tensor, weight: Tensor, v_dim: int, scale: float) -> Tensor | None:
+    """Absorbed MLA decode in one call: q [B, H, nope + rope], keys [B, S, r + rope], all of which are seen,
+    weight [G, nope + v, r] of the up-projection -> [B, H, v]; None where Rust does not take it.
+    """
+    b, h, width = q.shape
+    groups, up, rank = weight.shape
+    rope, nope = keys.shape[-1] - rank, up - v_dim
+    fits = nope + rope == width and keys.shape[0] == b and keys.shape[1] > 0 and h % groups == 0
+    if not fits or not native(strided=q) or choose(q) != "cpu" or not addressable(keys, weight):
+        return None
+    plain = keys.dtype == weight.dtype == torch.float32 and keys.stride(-1) == 1 and weight.is_contiguous()
+    if not plain or (torch.is_grad_enabled() and (keys.requires_grad or weight.requires_grad)):
+        return None
+    q = q.contiguous()
+    out = q.new_empty((b, h, v_dim))
+    _rust.latent_attention(
+        (b, h, groups, keys.shape[1], rank, nope, rope, v_dim),
+        q.data_ptr(),
+        (keys.data_ptr(), (keys.stride(0), keys.stride(1))),
+        weight.data_ptr(),
+        scale,
+        False,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -85,9 +85,12 @@ def routed(
         grad = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, scale, up, down, up_bias, down_bias)
         )
+        bare = activation == "swiglu" and up_bias is None and down_bias is None and not scale_input
         if not grad:
+            if bare and _many_rows(x, token, counts):
+                return _mm_routed(x, token, scale, counts, up, down)[0]
             return _rust_routed(x, token, scale, counts, up, down, *extras)[0]
-        if activation == "swiglu" and up_bias is None and down_bias is None and not scale_input:
+        if bare:
             out: Tensor = _Routed.apply(x, scale, up, down, token, counts)
             return out
     product = _grouped_product if _aligned(x, up, down) else _looped_product
@@ -197,6 +200,30 @@ def _rust_routed(
     return out.to(x.dtype), kept
 
 
+MANY_ROWS = 128  # per expert, from which on torch's packed fp32 product is the faster one
+
+
+def _many_rows(x: Tensor, token: Tensor, counts: Tensor) -> bool:
+    return x.dtype == torch.float32 and token.shape[0] >= MANY_ROWS * counts.shape[0]
+
+
+def _mm_routed(
+    x: Tensor, token: Tensor, scale: Tensor, counts: Tensor, up: Tensor, down: Tensor, keep: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `_rust_routed` for SwiGLU, an expert at a time."""
+    out, hidden = torch.zeros_like(x), down.shape[2]
+    kept = x.new_empty((token.shape[0], up.shape[1]) if keep else (0,))
+    start = 0
+    for e, count in enumerate(counts.tolist()):
+        if not count:
+            continue
+        rows = slice(start, start := start + count)
+        h = torch.mm(x[token[rows]], up[e].t(), out=kept[rows] if keep else None)
+        act = F.silu(h[:, :hidden]).mul_(h[:, hidden:])
+        out.index_add_(0, token[rows], torch.mm(act, down[e].t()).mul_(scale[rows, None]))
+    return out, kept
+
+
 def _lazy_zeros(like: Tensor) -> Tensor:
     """Zeros whose pages do not exist until they are written: most experts may get no gradient."""
     storage = {2: np.uint16, 4: np.float32}[like.element_size()]
@@ -208,7 +235,8 @@ class _Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, up, down, token, counts):  # type: ignore[no-untyped-def]
-        out, h = _rust_routed(x, token, scale, counts, up, down, keep=True)
+        run = _mm_routed if _many_rows(x, token, counts) else _rust_routed
+        out, h = run(x, token, scale, counts, up, down, keep=True)
         ctx.save_for_backward(x, scale, up, down, token, counts, h)
         return out
 

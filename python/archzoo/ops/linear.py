@@ -28,6 +28,29 @@ def linears(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor
     return [F.linear(x, weight, bias) for weight, bias in parts]
 
 
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x): x [..., d], gate and up [I, d], down [d, I] -> [..., d]."""
+    if (
+        few(x, gate)
+        and few(x, up)
+        and gate.shape == up.shape == down.shape[::-1]
+        and _readable(down, x.dtype)
+    ):
+        rows = (x if x.dtype == torch.float32 else x.float()).contiguous()
+        out, d = torch.empty_like(rows), x.shape[-1]
+        _rust.swiglu(
+            (rows.numel() // d, d, gate.shape[0]),
+            rows.data_ptr(),
+            (gate.data_ptr(), up.data_ptr(), down.data_ptr()),
+            x.dtype == torch.bfloat16,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
+    g, u = linears(x, [(gate, None), (up, None)])
+    return linear(F.silu(g) * u, down)
+
+
 def few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether Rust's product applies: no gradient; few rows, or bf16 that the CPU cannot multiply."""
     many = x.numel() > FEW_ROWS * weight.shape[1] and not (SLOW_BFLOAT16 and x.dtype == torch.bfloat16)
@@ -39,10 +62,15 @@ def few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False  # F.linear says what is wrong
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1] or bias.stride(0) != 1):
         return False
-    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return choose(x) == "cpu" and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
+    return choose(x) == "cpu" and _readable(weight, x.dtype) and not torch.is_autocast_enabled("cpu")
+
+
+def _readable(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether Rust may read this weight as it lies."""
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return weight.dtype == dtype and not trained and weight.is_contiguous() and addressable(weight)
 
 
 def _few_rows(x: Tensor, parts: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.blocks.context import Context
-from archzoo.blocks.linear import Linear, together
+from archzoo.blocks.linear import Linear, plain, together
 from archzoo.blocks.registry import FfnConfig, Site
+from archzoo.ops.linear import swiglu
 
 
 class _GLUConfig(FfnConfig):
@@ -45,11 +46,14 @@ class GLU(nn.Module):
     def __init__(self, config: _GLUConfig, site: Site) -> None:
         super().__init__()
         self.gelu = config.kind == "geglu"
+        self.fused = not (self.gelu or config.bias)
         self.gate_proj = Linear(site.hidden_size, config.hidden, bias=config.bias)
         self.up_proj = Linear(site.hidden_size, config.hidden, bias=config.bias)
         self.down_proj = Linear(config.hidden, site.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
+        if self.fused and plain(self.gate_proj, self.up_proj, self.down_proj):
+            return swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         gate, up = together(x, self.gate_proj, self.up_proj)
         act = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
         return self.down_proj(act * up)

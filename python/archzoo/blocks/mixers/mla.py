@@ -20,6 +20,7 @@ from archzoo.blocks.norm import RMSNorm
 from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
 from archzoo.blocks.rope import RopeConfig, apply_rope
 from archzoo.cache import grown
+from archzoo.ops.attention import latent_attention
 
 
 class MLAConfig(MixerConfig):
@@ -190,6 +191,11 @@ class MLA(Mixer):
         c = self.config
         b, t = q_nope.shape[:2]
         weight = self.kv_b_proj.weight.view(c.kv_heads, c.nope_dim + c.v_dim, c.kv_rank)
+        if t == 1 and ctx.mask() is None:
+            q = torch.cat((q_nope, q_rope), -1).squeeze(1)
+            out = latent_attention(q, keys, weight, c.v_dim, self.scale)
+            if out is not None:
+                return out.flatten(1).unsqueeze(1)
         w_k, w_v = weight.split((c.nope_dim, c.v_dim), 1)
         grouped = q_nope.unflatten(2, (c.kv_heads, -1)).permute(2, 0, 1, 3, 4)  # [G, B, T, H/G, dn]
         q_latent = torch.bmm(grouped.reshape(c.kv_heads, -1, c.nope_dim), w_k)
