@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from archzoo import checkpoint, data, distill, ops
+    from archzoo import checkpoint, data, distill, ops, parallel
     from archzoo.configuration import ModelConfig
     from archzoo.conversion import convert
     from archzoo.costs import Cost, cost
@@ -44,7 +44,7 @@ _HOMES = {
     "archzoo.zoo": ["build", "config", "cost", "list_models", "load", "save"],
 }
 _ATTRIBUTES = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("checkpoint", "data", "distill", "ops")
+_MODULES = ("checkpoint", "data", "distill", "ops", "parallel")
 
 __all__ = [
     "ArchzooError",
@@ -68,6 +68,7 @@ __all__ = [
     "list_models",
     "load",
     "ops",
+    "parallel",
     "save",
 ]
 
