@@ -33,7 +33,8 @@ def attention(
     if sinks is not None:
         return _with_sinks(q, k, v, scale, mask, causal, sinks)
     grouped, width = k.shape[1] != q.shape[1], v.shape[-1]
-    if backend == "cpu" and width < q.shape[-1] and v.shape[:-1] == k.shape[:-1]:  # torch's flash attention wants one width
+    if backend == "cpu" and width < q.shape[-1] and v.shape[:-1] == k.shape[:-1]:
+        # torch's flash attention wants one width
         v = F.pad(v, (0, q.shape[-1] - width))
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
