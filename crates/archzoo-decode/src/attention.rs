@@ -174,7 +174,9 @@ pub fn latent_attention<T: Value>(
             let weight = &up(i % heads)[nope_dim * rank..(nope_dim + v_dim) * rank];
             // SAFETY: head i has this place to itself.
             let to = unsafe { into.slice(i * v_dim, v_dim) };
-            product(set, &rows, rank, weight, 0..v_dim, |_, j, sum| to[j] = sum);
+            product(set, &rows, rank, weight, 0..v_dim, |_, j, sums| {
+                to[j..j + sums.len()].copy_from_slice(sums);
+            });
         }
     });
 }

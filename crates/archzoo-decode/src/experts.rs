@@ -71,9 +71,9 @@ pub fn swiglu<T: Value>(
     each(threads, hidden.div_ceil(COLUMNS), |i| {
         let (from, to) = (i * COLUMNS, hidden.min((i + 1) * COLUMNS));
         for (weights, at) in [(gate, 0), (up, hidden)] {
-            product(set, &xs, d, weights, from..to, |r, j, sum| {
+            product(set, &xs, d, weights, from..to, |r, j, sums| {
                 // SAFETY: these columns belong to this call.
-                unsafe { between.slice(r * 2 * hidden + at + j, 1)[0] = sum };
+                unsafe { between.slice(r * 2 * hidden + at + j, sums.len()) }.copy_from_slice(sums);
             });
         }
         for r in 0..rows {
@@ -88,9 +88,9 @@ pub fn swiglu<T: Value>(
     // SAFETY: nobody writes any more.
     let acts: Vec<&[f32]> = (0..rows).map(|r| unsafe { &*between.slice(r * 2 * hidden, hidden) }).collect();
     each(threads, d.div_ceil(COLUMNS), |i| {
-        product(set, &acts, hidden, down, i * COLUMNS..d.min((i + 1) * COLUMNS), |r, j, sum| {
+        product(set, &acts, hidden, down, i * COLUMNS..d.min((i + 1) * COLUMNS), |r, j, sums| {
             // SAFETY: these columns of the output belong to this call.
-            unsafe { out.slice(r * d + j, 1)[0] = sum };
+            unsafe { out.slice(r * d + j, sums.len()) }.copy_from_slice(sums);
         });
     });
 }
@@ -153,11 +153,19 @@ pub fn experts<T: Value>(
                     d,
                     weights,
                     part + from..part + to,
-                    |r, j, sum| {
-                        let sum = if scale_input { sum * scale[start + r] } else { sum };
-                        let bias = up_bias.map_or(0.0, |b| b[expert * 2 * hidden + j].widen());
+                    |r, j, sums| {
+                        let at = (start - first + r) * 2 * hidden + j;
                         // SAFETY: these columns of the segment belong to this call.
-                        unsafe { between.slice((start - first + r) * 2 * hidden + j, 1)[0] = sum + bias };
+                        let to = unsafe { between.slice(at, sums.len()) };
+                        to.copy_from_slice(sums);
+                        if scale_input {
+                            to.iter_mut().for_each(|v| *v *= scale[start + r]);
+                        }
+                        if let Some(bias) = up_bias {
+                            for (v, b) in to.iter_mut().zip(&bias[expert * 2 * hidden + j..]) {
+                                *v += b.widen();
+                            }
+                        }
                     },
                 );
             }
@@ -189,11 +197,18 @@ pub fn experts<T: Value>(
             for &Segment { expert, start, stop } in batch {
                 let weights = &down[expert * d * hidden..(expert + 1) * d * hidden];
                 let acts = &acts[start - first..stop - first];
-                product(set, acts, hidden, weights, from..to, |r, j, sum| {
-                    let sum = sum + down_bias.map_or(0.0, |b| b[expert * d + j].widen());
-                    let sum = if scale_input { sum } else { sum * scale[start + r] };
+                product(set, acts, hidden, weights, from..to, |r, j, sums| {
+                    let scale = if scale_input { 1.0 } else { scale[start + r] };
                     // SAFETY: these columns of the output belong to this call.
-                    unsafe { out.slice(at[start + r] * d + j, 1)[0] += sum };
+                    let to = unsafe { out.slice(at[start + r] * d + j, sums.len()) };
+                    for (v, sum) in to.iter_mut().zip(sums) {
+                        *v += sum * scale;
+                    }
+                    if let Some(bias) = down_bias {
+                        for (v, b) in to.iter_mut().zip(&bias[expert * d + j..]) {
+                            *v += b.widen() * scale;
+                        }
+                    }
                 });
             }
         });

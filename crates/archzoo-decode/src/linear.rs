@@ -57,10 +57,15 @@ pub fn linear<T: Value>(
             let at = |i: usize| (n * i / shares).next_multiple_of(4).min(*n);
             let columns: Range<usize> = at(share)..at(share + 1);
             for (block, xs) in xs.chunks(BLOCK).enumerate() {
-                product(set, xs, k, matrix.weights, columns.clone(), |r, j, sum| {
-                    let bias = matrix.bias.map_or(0.0, |bias| bias[j].widen());
-                    // SAFETY: the row exists and j < n; shares have columns of their own.
-                    unsafe { out.slice((block * BLOCK + r) * n + j, 1)[0] = sum + bias };
+                product(set, xs, k, matrix.weights, columns.clone(), |r, j, sums| {
+                    // SAFETY: the row exists and the columns too; shares have columns of their own.
+                    let out = unsafe { out.slice((block * BLOCK + r) * n + j, sums.len()) };
+                    out.copy_from_slice(sums);
+                    if let Some(bias) = matrix.bias {
+                        for (o, b) in out.iter_mut().zip(&bias[j..]) {
+                            *o += b.widen();
+                        }
+                    }
                 });
             }
         }

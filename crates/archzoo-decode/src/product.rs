@@ -10,7 +10,8 @@ use archzoo_simd::InstructionSet;
 /// Rows of x and rows of weights of a tile.
 const TILE: (usize, usize) = (3, 4);
 
-/// Calls `store(r, j, Σ_i rows[r][i] · weights[j][i])` for every row and every j of `columns`.
+/// Calls `store(r, j, sums)` with sums of neighbouring columns from j, Σ_i rows[r][i] · weights[j][i] first, until
+/// every row and every column of `columns` had its turn.
 ///
 /// `weights` is row-major `[n, k]`. A row of x and a row of weights may each be read several times.
 ///
@@ -22,7 +23,7 @@ pub(crate) fn product<T: Value>(
     k: usize,
     weights: &[T],
     columns: Range<usize>,
-    mut store: impl FnMut(usize, usize, f32),
+    mut store: impl FnMut(usize, usize, &[f32]),
 ) {
     assert!(rows.iter().all(|row| row.len() == k), "the rows do not fit");
     assert!(columns.end * k <= weights.len(), "the columns do not fit");
@@ -46,14 +47,12 @@ fn strip<T: Value, const C: usize>(
     k: usize,
     weights: &[T],
     j: usize,
-    store: &mut impl FnMut(usize, usize, f32),
+    store: &mut impl FnMut(usize, usize, &[f32]),
 ) {
     let (threes, rest) = rows.as_chunks::<{ TILE.0 }>();
     let mut put = |r: usize, sums: &[[f32; C]]| {
         for (i, sums) in sums.iter().enumerate() {
-            for (c, sum) in sums.iter().enumerate() {
-                store(r + i, j + c, *sum);
-            }
+            store(r + i, j, sums);
         }
     };
     for (i, xs) in threes.iter().enumerate() {

@@ -162,7 +162,9 @@ pub fn ssd_scan(threads: Threads<'_>, scan: SsdScan<'_>, state: &mut [f32], y: &
         let weights = &b[group(row, b_groups, head)][start * state_size..stop * state_size];
         // SAFETY: this chunk has its place to itself.
         let out = unsafe { all.slice(i * CHUNK * CHUNK, CHUNK * CHUNK) };
-        product(set, &rows, state_size, weights, 0..stop - start, |r, j, sum| out[r * CHUNK + j] = sum);
+        product(set, &rows, state_size, weights, 0..stop - start, |r, j, sums| {
+            out[r * CHUNK + j..][..sums.len()].copy_from_slice(sums);
+        });
     });
 
     let (states, ys) = (Shared(state.as_mut_ptr()), Shared(y.as_mut_ptr()));
