@@ -1,5 +1,6 @@
 //! The native module `archzoo._rust`: thin bindings, all work done with the interpreter released.
 
+mod bpe;
 mod checkpoint;
 mod decode;
 mod gate;
@@ -11,6 +12,8 @@ use pyo3::prelude::*;
 mod _rust {
     use super::*;
 
+    #[pymodule_export]
+    use super::bpe::BpeTrainer;
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]

@@ -55,6 +55,10 @@ def distill_command(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text, its last tenth held out (default: the Python manual).")
     ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(help="Train on this packed folder; of the text only the last tenth is used."),
+    ] = None,
     stage: Annotated[str | None, typer.Option(help="Run only this stage of the recipe.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights while training.")] = "float32",
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = True,
@@ -62,18 +66,19 @@ def distill_command(
 ) -> None:
     """Train a student on its teacher, stage by stage; started again, it goes on where it was."""
     from archzoo import zoo
-    from archzoo.data import tokenize_text
+    from archzoo.data import Pack, tokenize_text
     from archzoo.distill import distill, perplexity
 
     plan = read_recipe(recipe)
     train_text, valid_text = texts(text)
     tokenizer = tokenizer_of(teacher)
     pupil, master = (zoo.load(path, dtype=torch_dtype(dtype)) for path in (student, teacher))
-    train, valid = (tokenize_text(tokenizer, part) for part in (train_text, valid_text))
+    folder = pack or plan.pack
+    valid = tokenize_text(tokenizer, valid_text)
     distill(
         pupil,
         master,
-        train,
+        Pack(folder) if folder else tokenize_text(tokenizer, train_text),
         plan.stage(stage) if stage else plan,
         out,
         eval_tokens=valid,
