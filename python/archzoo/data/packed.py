@@ -96,8 +96,8 @@ class PackedDataset(IterableDataset[Item]):
       again at 0, since nothing before the sequence can be attended to.
 
     The stream of sequences is a pure function of (pack, seed, position): `position` is the sequences that
-    all ranks have consumed. As with `TokenBlocks` it is endless, and all ranks together see the same batches for
-    any number of ranks.
+    all ranks have consumed. As with `TokenBlocks` it is endless, and all ranks together see the same batches
+    for any number of ranks.
 
     With `batch_size` an item is a whole batch in one row, as `collate` makes it: read it with
     `DataLoader(dataset, batch_size=None, num_workers=...)`, and the order is the same for any number of
