@@ -21,6 +21,7 @@ __all__ = [
     "gated_rms_norm",
     "has_bfloat16",
     "instruction_set",
+    "json_texts",
     "linear",
     "rms_norm",
     "ssd_decay",
@@ -41,6 +42,9 @@ class BpeTrainer:
         """Counts the words of a UTF-8 file of any size."""
     def train(self, vocab_size: int, special_tokens: list[str], min_frequency: int) -> str:
         """Learns the vocabulary; returns it as the text of a `tokenizer.json`."""
+
+def json_texts(lines: bytes, key: str) -> tuple[list[str], tuple[int, str] | None]:
+    """The text at `key` of every JSON object, one a line, and the line (from 0) where they end early, why."""
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""

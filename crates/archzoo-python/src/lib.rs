@@ -4,6 +4,7 @@ mod bpe;
 mod checkpoint;
 mod decode;
 mod gate;
+mod lines;
 mod pool;
 
 use pyo3::prelude::*;
@@ -22,6 +23,8 @@ mod _rust {
     };
     #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::lines::json_texts;
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

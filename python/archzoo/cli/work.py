@@ -20,7 +20,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 
 def convert_command(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an attention model (Llama-like).")],
-    target: Annotated[str, typer.Argument(help="mla, mamba2 or zebra-llama.")],
+    target: Annotated[str, typer.Argument(help="mla, mamba2, zebra-llama or vocabulary.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     layers: Annotated[
         str | None, typer.Option(help="zebra-llama: its MLA layers, such as 0,5,10,14.")
@@ -28,18 +28,28 @@ def convert_command(
     kv_rank: Annotated[int | None, typer.Option(help="Width of the cached latent.")] = None,
     q_rank: Annotated[int | None, typer.Option(help="Width of the query's latent.")] = None,
     energy: Annotated[float | None, typer.Option(help="Ranks per layer that keep this share of σ².")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="vocabulary: the tokenizer.json to change to, such as train_bpe's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what Mamba-2 does not take from attention.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Replace the attention of a pretrained model. The result needs `archzoo distill` to be useful."""
+    """Replace a pretrained model's attention, or its vocabulary. The result needs training to be useful."""
     from archzoo import conversion, costs, zoo
 
     indices = None if layers is None else _indices(layers)
+    if (tokenizer is None) == (target == "vocabulary"):
+        raise InputError("--tokenizer goes with the target 'vocabulary', which needs it")
     model = zoo.load(folder, device=device)
-    converted = conversion.convert(
-        model, target, layers=indices, kv_rank=kv_rank, q_rank=q_rank, energy=energy, seed=seed
-    )
-    zoo.save(converted, out, extra_files=tokenizer_files(folder))
+    files = tokenizer_files(folder)
+    if tokenizer is not None:
+        converted = conversion.swap_vocabulary(model, folder / "tokenizer.json", tokenizer)
+        files = {"tokenizer.json": tokenizer.read_bytes()}
+    else:
+        converted = conversion.convert(
+            model, target, layers=indices, kv_rank=kv_rank, q_rank=q_rank, energy=energy, seed=seed
+        )
+    zoo.save(converted, out, extra_files=files)
     was, now = (costs.cost(m.config) for m in (model, converted))
     console().print(
         f"{out}: {now.params:,} parameters (was {was.params:,}), {now.cache_bytes_per_token:,} bfloat16 "

@@ -69,7 +69,7 @@ def convert(
             state |= {f"layers.{i}.mixer.{name}": weight for name, weight in weights.items()}
             progress.step()
     suffix = _hybrid_suffix(len(latent), count) if target == "zebra-llama" else target
-    return _filled(converted_config(source, mixers, f"{source.name}-{suffix}"), state, model.training)
+    return filled(converted_config(source, mixers, f"{source.name}-{suffix}"), state, model.training)
 
 
 def assemble(mla_model: CausalLM, mamba2_model: CausalLM, layers: Sequence[int]) -> CausalLM:
@@ -90,7 +90,7 @@ def assemble(mla_model: CausalLM, mamba2_model: CausalLM, layers: Sequence[int])
     a, b = mla_model.config, mamba2_model.config
     mixers = [(a if i in latent else b).specs[i].mixer for i in range(count)]
     name = f"{a.name.removesuffix('-mla')}-{_hybrid_suffix(len(latent), count)}"
-    return _filled(converted_config(b, mixers, name), state, mamba2_model.training)
+    return filled(converted_config(b, mixers, name), state, mamba2_model.training)
 
 
 def check_pair(mla_model: CausalLM, mamba2_model: CausalLM) -> None:
@@ -137,7 +137,7 @@ def _sources(model: CausalLM) -> list[Attention]:
     return found
 
 
-def _filled(config: ModelConfig, state: dict[str, Tensor], training: bool) -> CausalLM:
+def filled(config: ModelConfig, state: dict[str, Tensor], training: bool) -> CausalLM:
     """A model that takes these very tensors as its parameters."""
     model = build(config, device="meta", dtype=state["embed.weight"].dtype)
     model.load_state_dict(state, assign=True)

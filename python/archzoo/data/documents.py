@@ -5,16 +5,17 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from archzoo import _rust
 from archzoo.errors import InputError
 
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = (*(a + b for a in TEXT + LINES for b in ("", ".gz", ".zst")), *PARQUET)
-_PIECE = 1 << 22
+_PIECE = 1 << 22  # characters
+_BLOCK = 1 << 20  # bytes
 
 
 class Piece(NamedTuple):
@@ -85,16 +86,22 @@ class Documents:
         yield Piece(held, True)
 
     def _lines(self, file: IO[bytes]) -> Iterator[Piece]:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
+        number, held = 1, b""
+        while True:
+            block = file.read(_BLOCK)
+            end = block.rfind(b"\n") + 1 if block else 0
+            if block and not end:
+                held += block
                 continue
-            try:
-                text = json.loads(line)[self.text_key]
-            except (ValueError, KeyError, TypeError, IndexError):
-                text = None
-            if not isinstance(text, str):
-                raise InputError(f"{self.path}, line {number}: no JSON object with text at '{self.text_key}'")
-            yield Piece(text, True)
+            lines, held = held + block[:end], block[end:]
+            texts, fault = _rust.json_texts(lines, self.text_key)
+            for text in texts:
+                yield Piece(text, True)
+            if fault is not None:
+                raise InputError(f"{self.path}, line {number + fault[0]}: {fault[1]}")
+            if not block:
+                return
+            number += lines.count(b"\n")
 
     def _rows(self, file: IO[bytes]) -> Iterator[Piece]:
         parquet = _optional("pyarrow.parquet", self.path)

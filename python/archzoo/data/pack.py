@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -150,6 +151,14 @@ class _Batch(NamedTuple):
     ends: list[bool]
     places: list[_Place]  # after each text
     bytes_read: int
+
+
+class _Encoded(NamedTuple):
+    """A batch, its ids with end-of-text tokens among them, and their offsets."""
+
+    batch: _Batch
+    ids: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.int64]
 
 
 def write_pack(
@@ -354,24 +363,27 @@ class _Packer:
         if texts:
             yield _Batch(texts, ends, places, before)
 
-    def _encoded(
-        self, batches: Generator[_Batch]
-    ) -> Iterator[tuple[_Batch, npt.NDArray[np.uint32], npt.NDArray[np.int64]]]:
-        """Each batch with its ids, end-of-text tokens among them, and their offsets."""
-        eos = self.settings.eos_token_id
-        with closing(batches):
+    def _encoded(self, batches: Generator[_Batch]) -> Iterator[_Encoded]:
+        """The batches in their order, two at work: as one nears its end, the next keeps all threads busy."""
+        waiting: deque[Future[_Encoded]] = deque()
+        with closing(batches), ThreadPoolExecutor(2) as threads:
             for batch in batches:
-                ragged = self.tokenizer.encode_batch(batch.texts)
-                ids, offsets = ragged.ids, ragged.offsets
-                if len(ids) and (highest := int(ids.max())) >= self.settings.vocab_size:
-                    raise PackError(
-                        f"the tokenizer made id {highest}, its vocab_size is {self.settings.vocab_size}"
-                    )
-                if eos is not None:
-                    ends = np.array(batch.ends)
-                    ids = np.insert(ids, offsets[1:][ends], eos)
-                    offsets = offsets + np.concatenate(([0], np.cumsum(ends)))
-                yield batch, ids, offsets
+                waiting.append(threads.submit(self._encode, batch))
+                if len(waiting) > 2:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _encode(self, batch: _Batch) -> _Encoded:
+        ragged = self.tokenizer.encode_batch(batch.texts)
+        ids, offsets = ragged.ids, ragged.offsets
+        if len(ids) and (highest := int(ids.max())) >= self.settings.vocab_size:
+            raise PackError(f"the tokenizer made id {highest}, its vocab_size is {self.settings.vocab_size}")
+        if (eos := self.settings.eos_token_id) is not None:
+            ends = np.array(batch.ends)
+            ids = np.insert(ids, offsets[1:][ends], eos)
+            offsets = offsets + np.concatenate(([0], np.cumsum(ends)))
+        return _Encoded(batch, ids, offsets)
 
     def _finish(self, shard: _Shard, place: _Place, before: Future[None] | None) -> Future[None]:
         """Bring a shard to the disk and record it, while the next one is written."""
