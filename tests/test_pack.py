@@ -384,9 +384,15 @@ def test_a_batch_runs_in_a_model_as_its_documents_do(folder: Path, tiny: Any) ->
     edges = batch["cu_seqlens"].tolist()
     assert edges[-1] == 96
     ids = batch["input_ids"].clamp_max(255)
-    hidden = model(**(batch | {"input_ids": ids})).hidden
+    batch["input_ids"] = ids
+    hidden = model(**batch).hidden
+    total = 0.0
     for a, b in pairwise(edges):
-        torch.testing.assert_close(hidden[:, a:b], model(ids[:, a:b]).hidden)
+        alone = model(ids[:, a:b], labels=ids[:, a:b])
+        torch.testing.assert_close(hidden[:, a:b], alone.hidden)
+        total += alone.loss.item() * (b - a - 1) if b - a > 1 else 0
+    mean = total / (96 - (len(edges) - 1))  # the first token of a document is not predicted
+    assert model(**batch, labels=ids).loss.item() == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 1000, 1025])

@@ -97,7 +97,7 @@ impl WordCounts {
 fn blocks(mut text: &str) -> Vec<&str> {
     let mut blocks = Vec::new();
     while text.len() > BLOCK {
-        let limit = text.floor_char_boundary(BLOCK);
+        let limit = char_end(&text.as_bytes()[..BLOCK]);
         let end = line_end(&text.as_bytes()[..limit]).unwrap_or(limit);
         let (block, rest) = text.split_at(end);
         blocks.push(block);

@@ -35,9 +35,12 @@ def pack_command(
         return
     if tokenizer is None or out is None:
         raise InputError("packing needs --tokenizer and --out (or --verify and packed folders)")
+    encoder = getattr(importlib.import_module("archzoo"), "Tokenizer", None)
+    if encoder is None:
+        raise InputError("this version of archzoo has no Tokenizer yet: pack with archzoo.data.write_pack")
     manifest = write_pack(
         inputs,
-        importlib.import_module("archzoo").Tokenizer.from_file(tokenizer),
+        encoder.from_file(tokenizer),
         out,
         shard_tokens=shard_tokens,
         text_key=text_key,

@@ -391,10 +391,10 @@ class _Packer:
             before.result()
 
         def finish() -> None:
-            done = shard.finish()
-            state = self.state.model_copy(update={"shards": (*self.state.shards, done), "place": place})
-            _replace(self.folder / UNFINISHED, state)
-            self.state = state
+            shards = (*self.state.shards, shard.finish())
+            self.state = self.state.model_copy(update={"shards": shards, "place": place})
+            if place.input < len(self.files):  # else the manifest follows at once
+                _replace(self.folder / UNFINISHED, self.state)
 
         return self.finisher.submit(finish)
 
