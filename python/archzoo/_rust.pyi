@@ -43,11 +43,8 @@ class BpeTrainer:
     def train(self, vocab_size: int, special_tokens: list[str], min_frequency: int) -> str:
         """Learns the vocabulary; returns it as the text of a `tokenizer.json`."""
 
-def json_texts(lines: bytes, key: str) -> tuple[list[str], tuple[int, str] | None]:
-    """The text at `key` of every JSON object, one a line, and the line (from 0) where they end early, why."""
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""
+def json_texts(lines: bytes, key: str) -> tuple[list[str], int, str | None]:
+    """The text at `key` of every JSON object, one a line; how many lines; what is wrong with the next one."""
 
 @final
 class CheckpointReader:

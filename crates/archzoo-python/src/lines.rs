@@ -6,24 +6,27 @@ use pyo3::pybacked::PyBackedBytes;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 
-/// Texts, and the line (from 0) where they end early with the reason.
-type Texts = (Vec<String>, Option<(usize, String)>);
+/// Texts, how many lines they took, and what is wrong with the next one.
+type Texts = (Vec<String>, usize, Option<String>);
 
 /// The text at `key` of every JSON object, one a line; blank lines are skipped.
 #[pyfunction]
 pub fn json_texts(py: Python, lines: PyBackedBytes, key: &str) -> Texts {
     py.detach(|| {
         let mut texts = Vec::new();
-        for (number, line) in lines.split(|&byte| byte == b'\n').enumerate() {
-            if line.trim_ascii().is_empty() {
-                continue;
+        let (mut start, mut number) = (0, 0);
+        for end in memchr::memchr_iter(b'\n', &lines).chain([lines.len()]) {
+            let line = &lines[start..end];
+            if !line.trim_ascii().is_empty() {
+                match text_of(line, key) {
+                    Ok(text) => texts.push(text),
+                    Err(error) => return (texts, number, Some(error.to_string())),
+                }
             }
-            match text_of(line, key) {
-                Ok(text) => texts.push(text),
-                Err(error) => return (texts, Some((number, error.to_string()))),
-            }
+            number += usize::from(end < lines.len());
+            start = end + 1;
         }
-        (texts, None)
+        (texts, number, None)
     })
 }
 

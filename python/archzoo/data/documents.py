@@ -93,15 +93,14 @@ class Documents:
             if block and not end:
                 held += block
                 continue
-            lines, held = held + block[:end], block[end:]
-            texts, fault = _rust.json_texts(lines, self.text_key)
+            texts, count, fault = _rust.json_texts(held + block[:end], self.text_key)
+            held, number = block[end:], number + count
             for text in texts:
                 yield Piece(text, True)
             if fault is not None:
-                raise InputError(f"{self.path}, line {number + fault[0]}: {fault[1]}")
+                raise InputError(f"{self.path}, line {number}: {fault}")
             if not block:
                 return
-            number += lines.count(b"\n")
 
     def _rows(self, file: IO[bytes]) -> Iterator[Piece]:
         parquet = _optional("pyarrow.parquet", self.path)
