@@ -46,6 +46,9 @@ class BpeTrainer:
 def json_texts(lines: bytes, key: str) -> tuple[list[str], int, str | None]:
     """The text at `key` of every JSON object, one a line; how many lines; what is wrong with the next one."""
 
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""
+
 @final
 class CheckpointReader:
     """An open safetensors checkpoint, one file or sharded, checked as a whole before a tensor is read.
