@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from archzoo.configuration import ModelConfig
     from archzoo.conversion import convert
     from archzoo.costs import Cost, cost
+    from archzoo.data.bpe import train_bpe
     from archzoo.errors import (
         ArchzooError,
         CacheError,
         CheckpointError,
         ConfigError,
         InputError,
+        PackError,
         UnknownNameError,
     )
     from archzoo.generation import generate
@@ -31,12 +33,14 @@ _HOMES = {
     "archzoo.configuration": ["ModelConfig"],
     "archzoo.conversion": ["convert"],
     "archzoo.costs": ["Cost"],
+    "archzoo.data.bpe": ["train_bpe"],
     "archzoo.errors": [
         "ArchzooError",
         "CacheError",
         "CheckpointError",
         "ConfigError",
         "InputError",
+        "PackError",
         "UnknownNameError",
     ],
     "archzoo.generation": ["generate"],
@@ -56,6 +60,7 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "Output",
+    "PackError",
     "UnknownNameError",
     "build",
     "checkpoint",
@@ -70,6 +75,7 @@ __all__ = [
     "ops",
     "parallel",
     "save",
+    "train_bpe",
 ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "BpeTrainer",
     "CheckpointError",
     "CheckpointReader",
     "FolderWriter",
@@ -21,6 +22,7 @@ __all__ = [
     "gated_rms_norm",
     "has_bfloat16",
     "instruction_set",
+    "json_texts",
     "latent_attention",
     "linear",
     "plan",
@@ -31,6 +33,22 @@ __all__ = [
     "write_shards",
 ]
 __version__: str
+
+@final
+class BpeTrainer:
+    """Counts the words of texts, then learns a byte-level BPE vocabulary from them."""
+
+    def __new__(cls, pattern: str) -> Self:
+        """A trainer that splits text into words by a regular expression."""
+    def feed(self, texts: list[str]) -> None:
+        """Counts the words of some texts; none spans two of them."""
+    def feed_file(self, path: str | os.PathLike[str]) -> None:
+        """Counts the words of a UTF-8 file of any size."""
+    def train(self, vocab_size: int, special_tokens: list[str], min_frequency: int) -> str:
+        """Learns the vocabulary; returns it as the text of a `tokenizer.json`."""
+
+def json_texts(lines: bytes, key: str) -> tuple[list[str], int, str | None]:
+    """The text at `key` of every JSON object, one a line; how many lines; what is wrong with the next one."""
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""

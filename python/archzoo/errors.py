@@ -40,3 +40,10 @@ class CheckpointError(ArchzooError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class PackError(ArchzooError, OSError):
+    """A folder of packed tokens that is damaged or that cannot take what is written to it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

@@ -1,9 +1,11 @@
 //! The native module `archzoo._rust`: thin bindings, all work done with the interpreter released.
 
+mod bpe;
 mod checkpoint;
 mod decode;
 mod eplb;
 mod gate;
+mod lines;
 mod plan;
 mod pool;
 
@@ -13,6 +15,8 @@ use pyo3::prelude::*;
 mod _rust {
     use super::*;
 
+    #[pymodule_export]
+    use super::bpe::BpeTrainer;
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
@@ -24,6 +28,8 @@ mod _rust {
     use super::eplb::eplb;
     #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::lines::json_texts;
     #[pymodule_export]
     use super::plan::plan;
 

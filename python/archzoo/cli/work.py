@@ -20,7 +20,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 
 def convert_command(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an attention model (Llama-like).")],
-    target: Annotated[str, typer.Argument(help="mla, mamba2, zebra-llama or moe.")],
+    target: Annotated[str, typer.Argument(help="mla, mamba2, zebra-llama, moe or vocabulary.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     layers: Annotated[
         str | None, typer.Option(help="The MLA layers of zebra-llama, those with experts of moe: 0,5,10.")
@@ -36,28 +36,38 @@ def convert_command(
     ] = None,
     segments: Annotated[int | None, typer.Option(help="moe: parts that each copy is cut into.")] = None,
     shared: Annotated[int | None, typer.Option(help="moe: segments that are always on.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="vocabulary: the tokenizer.json to change to, such as train_bpe's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what the source does not have.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Replace the attention of a pretrained model (`archzoo distill` follows) or its feed-forwards."""
+    """Replace a pretrained model's attention, feed-forwards or vocabulary; `archzoo distill` follows."""
     from archzoo import conversion, costs, zoo
 
     indices = None if layers is None else _indices(layers)
+    if (tokenizer is None) == (target == "vocabulary"):
+        raise InputError("--tokenizer goes with the target 'vocabulary', which needs it")
     model = zoo.load(folder, device=device)
-    converted = conversion.convert(
-        model,
-        target,
-        layers=indices,
-        kv_rank=kv_rank,
-        q_rank=q_rank,
-        energy=energy,
-        experts=experts,
-        top_k=top_k,
-        segments=segments,
-        shared=shared,
-        seed=seed,
-    )
-    zoo.save(converted, out, extra_files=tokenizer_files(folder))
+    files = tokenizer_files(folder)
+    if tokenizer is not None:
+        converted = conversion.swap_vocabulary(model, folder / "tokenizer.json", tokenizer)
+        files = {"tokenizer.json": tokenizer.read_bytes()}
+    else:
+        converted = conversion.convert(
+            model,
+            target,
+            layers=indices,
+            kv_rank=kv_rank,
+            q_rank=q_rank,
+            energy=energy,
+            experts=experts,
+            top_k=top_k,
+            segments=segments,
+            shared=shared,
+            seed=seed,
+        )
+    zoo.save(converted, out, extra_files=files)
     was, now = (costs.cost(m.config) for m in (model, converted))
     console().print(
         f"{out}: {now.params:,} parameters (was {was.params:,}), {now.cache_bytes_per_token:,} bfloat16 "
@@ -73,6 +83,10 @@ def distill_command(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text, its last tenth held out (default: the Python manual).")
     ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(help="Train on this packed folder; of the text only the last tenth is used."),
+    ] = None,
     stage: Annotated[str | None, typer.Option(help="Run only this stage of the recipe.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights while training.")] = "float32",
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = True,
@@ -80,18 +94,19 @@ def distill_command(
 ) -> None:
     """Train a student on its teacher, stage by stage; started again, it goes on where it was."""
     from archzoo import zoo
-    from archzoo.data import tokenize_text
+    from archzoo.data import Pack, tokenize_text
     from archzoo.distill import distill, perplexity
 
     plan = read_recipe(recipe)
     train_text, valid_text = texts(text)
     tokenizer = tokenizer_of(teacher)
     pupil, master = (zoo.load(path, dtype=torch_dtype(dtype)) for path in (student, teacher))
-    train, valid = (tokenize_text(tokenizer, part) for part in (train_text, valid_text))
+    folder = pack or plan.pack
+    valid = tokenize_text(tokenizer, valid_text)
     distill(
         pupil,
         master,
-        train,
+        Pack(folder) if folder else tokenize_text(tokenizer, train_text),
         plan.stage(stage) if stage else plan,
         out,
         eval_tokens=valid,

@@ -84,7 +84,7 @@ def convert(
             state |= {f"layers.{i}.mixer.{name}": weight for name, weight in weights.items()}
             progress.step()
     suffix = _hybrid_suffix(len(latent), count) if target == "zebra-llama" else target
-    return _filled(converted_config(source, mixers, f"{source.name}-{suffix}"), state, model.training)
+    return filled(converted_config(source, mixers, f"{source.name}-{suffix}"), state, model.training)
 
 
 def _upcycle(model: CausalLM, settings: Upcycling, seed: int) -> CausalLM:
@@ -104,7 +104,7 @@ def _upcycle(model: CausalLM, settings: Upcycling, seed: int) -> CausalLM:
     data = source.model_dump(exclude={"layers", "mtp"}) | {"name": f"{source.name}-moe", "family": "archzoo"}
     data["source"] = f"converted from {source.name}"
     config = ModelConfig.from_dict(data | {"layers": _pattern(specs)}, data["name"])
-    return _filled(config, state, model.training)
+    return filled(config, state, model.training)
 
 
 def assemble(mla_model: CausalLM, mamba2_model: CausalLM, layers: Sequence[int]) -> CausalLM:
@@ -125,7 +125,7 @@ def assemble(mla_model: CausalLM, mamba2_model: CausalLM, layers: Sequence[int])
     a, b = mla_model.config, mamba2_model.config
     mixers = [(a if i in latent else b).specs[i].mixer for i in range(count)]
     name = f"{a.name.removesuffix('-mla')}-{_hybrid_suffix(len(latent), count)}"
-    return _filled(converted_config(b, mixers, name), state, mamba2_model.training)
+    return filled(converted_config(b, mixers, name), state, mamba2_model.training)
 
 
 def check_pair(mla_model: CausalLM, mamba2_model: CausalLM) -> None:
@@ -175,7 +175,7 @@ def _main(model: CausalLM) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")}
 
 
-def _filled(config: ModelConfig, state: dict[str, Tensor], training: bool) -> CausalLM:
+def filled(config: ModelConfig, state: dict[str, Tensor], training: bool) -> CausalLM:
     """A model that takes these very tensors as its parameters."""
     model = build(config, device="meta", dtype=state["embed.weight"].dtype)
     model.load_state_dict(state, assign=True)

@@ -117,9 +117,10 @@ Stage = Annotated[ILD | KD, Field(discriminator="kind")]
 
 
 class Recipe(BaseModel):
-    """Stages in the order in which they run."""
+    """Stages in the order in which they run, and the folder of packed tokens to train on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    pack: str | None = None
     stages: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -131,9 +132,15 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
-        """Read one TOML file; an error names the file, the key and what is wrong with it."""
+        """Read one TOML file; an error names the file, the key and what is wrong with it.
+
+        Its `pack` is relative to the file.
+        """
         try:
-            return cls.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+            recipe = cls.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+            if recipe.pack is None:
+                return recipe
+            return recipe.model_copy(update={"pack": str(Path(path).parent / recipe.pack)})
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None
         except tomllib.TOMLDecodeError as error:

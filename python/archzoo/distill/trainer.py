@@ -18,7 +18,7 @@ from torch import Tensor
 
 from archzoo import checkpoint
 from archzoo.checkpoint.shards import atomic_folder, write_shards
-from archzoo.data import TokenBlocks
+from archzoo.data import Pack, PackedDataset, TokenBlocks
 from archzoo.distill.stages import ILD, KD, Recipe, decays, objective, trains
 from archzoo.errors import ArchzooError, CheckpointError, InputError
 from archzoo.model import CausalLM
@@ -46,7 +46,7 @@ class Blocks(Protocol):
 def distill(
     student: CausalLM,
     teacher: CausalLM,
-    data: npt.ArrayLike | Blocks,
+    data: npt.ArrayLike | Blocks | Pack | None,
     recipe: Recipe | ILD | KD,
     out_dir: str | Path,
     *,
@@ -63,7 +63,8 @@ def distill(
     Args:
         student: any zoo model; trained in its own dtype.
         teacher: a model with the same vocabulary; for "ild" also of the same depth and width.
-        data: token ids [N], cut into the stages' sequence lengths, or blocks of the stage's length.
+        data: token ids [N] or a pack, cut into the stages' sequence lengths, or blocks of the stage's length.
+            None: the pack that the recipe names.
         recipe: all stages of a recipe, or one stage.
         out_dir: created if missing.
         eval_tokens: held-out token ids for `eval_every`.
@@ -76,6 +77,10 @@ def distill(
         evaluated, eval_ce (nats per token).
     """
     stages = recipe.stages if isinstance(recipe, Recipe) else (recipe,)
+    if data is None:
+        if not isinstance(recipe, Recipe) or recipe.pack is None:
+            raise InputError("no data: give token ids or a pack, or a recipe that names one")
+        data = Pack(recipe.pack)
     metrics: list[Metrics] = []
     for stage in stages:
         run = _Run(student, teacher, data, stage, Path(out_dir) / stage.name, eval_tokens)
@@ -107,7 +112,7 @@ class _Run:
         self,
         student: CausalLM,
         teacher: CausalLM,
-        data: npt.ArrayLike | Blocks,
+        data: npt.ArrayLike | Blocks | Pack,
         stage: ILD | KD,
         folder: Path,
         eval_tokens: npt.ArrayLike | None,
@@ -121,6 +126,10 @@ class _Run:
             raise InputError("ild works layer by layer and cannot be sharded; use plain data parallelism")
         self.stage, self.folder, self.eval_tokens = stage, folder, eval_tokens
         self.steps = stage.total_steps(self.world)
+        if isinstance(data, Pack) and data.vocab_size > student.config.vocab_size:
+            raise InputError(
+                f"{data.folder} has {data.vocab_size} token ids, the student {student.config.vocab_size}"
+            )
         self.blocks = _blocks(data, stage, self.rank, self.world)
         self.step = 0
         device = self.accelerator.device
@@ -377,7 +386,7 @@ def _prepared(student: CausalLM, teacher: CausalLM, stage: ILD | KD) -> Iterator
             parameter.requires_grad_(flag)
 
 
-def _blocks(data: npt.ArrayLike | Blocks, stage: ILD | KD, rank: int, world: int) -> Blocks:
+def _blocks(data: npt.ArrayLike | Blocks | Pack, stage: ILD | KD, rank: int, world: int) -> Blocks:
     if isinstance(data, Blocks):
         if data.seq_len != stage.seq_len or stage.data != (0.0, 1.0):
             raise InputError(
@@ -385,6 +394,8 @@ def _blocks(data: npt.ArrayLike | Blocks, stage: ILD | KD, rank: int, world: int
                 f"the data, but the given blocks have {data.seq_len}: pass the token array instead"
             )
         return data
+    if isinstance(data, Pack):
+        return PackedDataset(data, stage.seq_len, stage.seed, rank, world, part=stage.data)
     tokens: Any = data
     first, last = (round(f * len(tokens)) for f in stage.data)
     return TokenBlocks(tokens[first:last], stage.seq_len, stage.seed, rank, world)

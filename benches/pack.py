@@ -1,0 +1,109 @@
+"""Packing end to end (read, encode, write, hash, sync) against the encoder alone on the same documents.
+
+python benches/pack.py [--tokenizer tokenizer.json] [--file TEXT] [--megabytes 20] [--rounds 3]
+
+Without --tokenizer a vocabulary is learnt from the text. The encoders are archzoo's where it exists, Hugging
+Face's, and one that only copies bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import Row, interleaved, report  # isort: skip
+import numpy as np
+import tokenizers
+from corpus import documents
+
+import archzoo
+from archzoo.data import write_pack
+
+
+@dataclass
+class Ids:
+    ids: Any
+    offsets: Any
+
+
+class HuggingFace:
+    """A `tokenizers` object as packing wants it."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.special_tokens: dict[str, int] = {}
+        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def encode_batch(self, texts: list[str], /) -> Ids:
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = np.concatenate([np.asarray(row, np.uint32) for row in rows])
+        return Ids(ids, np.cumsum([0, *map(len, rows)]))
+
+
+class Fast:
+    """The least that an encoder can do: bytes as ids, so that everything else shows."""
+
+    vocab_size, hash = 256, "bytes"
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+
+    def encode_batch(self, texts: list[str], /) -> Ids:
+        rows = [text.encode() for text in texts]
+        ids = np.frombuffer(b"".join(rows), np.uint8).astype(np.uint32)
+        return Ids(ids, np.cumsum([0, *map(len, rows)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--file")
+    parser.add_argument("--megabytes", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    texts = documents(options.megabytes, options.file)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vocabulary = options.tokenizer or folder / "tokenizer.json"
+        if options.tokenizer is None:
+            archzoo.train_bpe(texts, 32_000, vocabulary)
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 6))
+        (folder / "text").mkdir()
+        for i, text in enumerate(texts):
+            (folder / "text" / f"{i:07d}.txt").write_text(text, encoding="utf-8", newline="")
+        encoders: dict[str, Any] = {"tokenizers": HuggingFace(vocabulary), "bytes": Fast()}
+        if hasattr(archzoo, "Tokenizer"):
+            encoders = {"archzoo": archzoo.Tokenizer.from_file(vocabulary), **encoders}
+        rows, notes = [], {"megabytes": size, "documents": float(len(texts))}
+        for encoder_name, encoder in encoders.items():
+            inputs = ("a.jsonl", "a.jsonl.gz", "text")
+            runs: dict[str, Callable[[], object]] = {"alone": lambda e=encoder: e.encode_batch(texts)}
+            for source in inputs:
+
+                def run(source: str = source, encoder: Any = encoder) -> None:
+                    shutil.rmtree(folder / "out", ignore_errors=True)
+                    write_pack([folder / source], encoder, folder / "out")
+
+                runs[source] = run
+            seconds = interleaved(runs, options.rounds)
+            alone = size / seconds["alone"]
+            for source in inputs:
+                rate = size / seconds[source]
+                goal = 0.8 if encoder_name != "bytes" else 0.0
+                case, what = f"pack {source}, {encoder_name}", "the encoder alone"
+                rows.append(Row(case, "MB/s", rate, alone, what, rate / alone, goal, 0.0, ""))
+    report("pack", rows, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Documents in files: plain text, JSON lines and Parquet; the first two also compressed with gzip or zstd."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from archzoo import _rust
+from archzoo.errors import InputError
+
+TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
+SUFFIXES = (*(a + b for a in TEXT + LINES for b in ("", ".gz", ".zst")), *PARQUET)
+_PIECE = 1 << 22  # characters
+_BLOCK = 1 << 20  # bytes
+
+
+class Piece(NamedTuple):
+    """Text of a document; all of it, or one of several parts of which the last one `ends` it."""
+
+    text: str
+    ends: bool
+
+
+def input_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files among `inputs` and, sorted by path, those of a known kind in its folders."""
+    found = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+            if not inside:
+                raise InputError(f"{path}: no file that ends in one of {', '.join(SUFFIXES)}")
+            found += inside
+        elif not path.is_file():
+            raise InputError(f"{path}: no such file or folder")
+        elif not path.name.endswith(SUFFIXES):
+            raise InputError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+        else:
+            found.append(path)
+    return found
+
+
+class Documents:
+    """The documents of one file in their order; `bytes_read` of it have been read so far.
+
+    A text file is one document. Beyond 4 million characters it comes in parts that end, where they can, with
+    the last line break before a line that does not start with white space: no word is cut.
+    """
+
+    def __init__(self, path: Path, text_key: str = "text") -> None:
+        self.path, self.text_key = path, text_key
+        self.size = path.stat().st_size
+        self._raw: IO[bytes] | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        return min(self.size, self._raw.tell()) if self._raw and not self._raw.closed else self.size
+
+    def __iter__(self) -> Iterator[Piece]:
+        name = self.path.name.removesuffix(".gz").removesuffix(".zst")
+        with open(self.path, "rb") as self._raw:
+            if name.endswith(PARQUET):
+                yield from self._rows(self._raw)
+                return
+            with _decompressed(self._raw, self.path) as file:
+                try:
+                    yield from self._lines(file) if name.endswith(LINES) else self._text(file)
+                except (EOFError, OSError) as error:  # of gzip
+                    raise InputError(f"{self.path}: {error}") from None
+
+    def _text(self, file: IO[bytes]) -> Iterator[Piece]:
+        held = ""
+        try:
+            with io.TextIOWrapper(file, encoding="utf-8", newline="") as reader:
+                while more := reader.read(_PIECE):
+                    held += more
+                    if len(held) > _PIECE:
+                        cut = _line_start(held)
+                        yield Piece(held[:cut], False)
+                        held = held[cut:]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path}: not UTF-8 text: {error.reason}") from None
+        yield Piece(held, True)
+
+    def _lines(self, file: IO[bytes]) -> Iterator[Piece]:
+        number, held = 1, b""
+        while True:
+            block = file.read(_BLOCK)
+            end = block.rfind(b"\n") + 1 if block else 0
+            if block and not end:
+                held += block
+                continue
+            texts, count, fault = _rust.json_texts(held + block[:end], self.text_key)
+            held, number = block[end:], number + count
+            for text in texts:
+                yield Piece(text, True)
+            if fault is not None:
+                raise InputError(f"{self.path}, line {number}: {fault}")
+            if not block:
+                return
+
+    def _rows(self, file: IO[bytes]) -> Iterator[Piece]:
+        parquet = _optional("pyarrow.parquet", self.path)
+        try:
+            table = parquet.ParquetFile(file)
+            batches = table.iter_batches(batch_size=1024, columns=[self.text_key])
+            if self.text_key not in table.schema_arrow.names:
+                raise InputError(f"{self.path}: no column '{self.text_key}'")
+            row = 0
+            for batch in batches:
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if not isinstance(text, str):
+                        raise InputError(f"{self.path}, row {row}: no text in column '{self.text_key}'")
+                    yield Piece(text, True)
+        except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, a damaged page an OSError
+            raise InputError(f"{self.path}: {error}") from None
+
+
+def _line_start(text: str) -> int:
+    """Where the last line begins that starts with more than white space, in the second half of `text`."""
+    at = len(text)
+    while (at := text.rfind("\n", len(text) // 2, at)) >= 0:
+        if at + 1 < len(text) and not text[at + 1].isspace():
+            return at + 1
+    return len(text)
+
+
+def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+    if path.suffix == ".zst":
+        zstandard = _optional("zstandard", path)
+        reader: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return io.BufferedReader(reader, 1 << 20)
+    return raw
+
+
+def _optional(module: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = module.partition(".")[0]
+        raise InputError(
+            f"{path}: reading it needs {package}: install archzoo[data] or {package} itself"
+        ) from None

@@ -1,0 +1,535 @@
+"""Text files into token shards on disk: encode once, train often.
+
+A pack is a folder:
+
+    shard-00000.tokens      token ids, little-endian uint16 (or uint32 above 65,536 ids)
+    shard-00000.documents   where each document starts, and where the last one ends: n + 1 times int64
+    manifest.json           written last; `PackManifest`
+
+Documents keep the order of the inputs and are never split over shards.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from queue import Full, Queue
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from archzoo.data.documents import Documents, input_files
+from archzoo.errors import InputError, PackError
+
+T = TypeVar("T")
+MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
+EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+_BATCH = 1 << 21
+"""Characters that are encoded at once: enough for all threads, small enough that several fit anywhere."""
+
+
+class Ragged(Protocol):
+    """The ids of several texts, one after the other, and where each starts and the last one ends."""
+
+    @property
+    def ids(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]: ...
+
+
+class PackTokenizer(Protocol):
+    """What packing needs of a tokenizer; `archzoo.Tokenizer` is one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+    @property
+    def hash(self) -> str: ...
+    def encode_batch(self, texts: list[str], /) -> Ragged: ...
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PackInput(_Data):
+    """A file that was packed, named relative to the folder that holds all of them."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class PackShard(_Data):
+    """One shard: its files are `{name}.tokens` and `{name}.documents`."""
+
+    name: str
+    tokens: int
+    documents: int
+    tokens_sha256: str
+    documents_sha256: str
+
+
+class PackSettings(_Data):
+    """What decides the contents of a pack besides its inputs."""
+
+    tokenizer_hash: str
+    vocab_size: int
+    eos_token_id: int | None
+    text_key: str
+    shard_tokens: int
+
+    @property
+    def dtype(self) -> Literal["uint16", "uint32"]:
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+
+class PackManifest(_Data):
+    """The contents of manifest.json."""
+
+    format: Literal["archzoo-pack"] = "archzoo-pack"
+    version: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    tokens: int
+    documents: int
+    settings: PackSettings
+    inputs: tuple[PackInput, ...]
+    shards: tuple[PackShard, ...]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> PackManifest:
+        """The manifest of a finished pack."""
+        path = Path(folder) / MANIFEST
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            unfinished = (Path(folder) / UNFINISHED).exists()
+            why = "packing has not finished: start it again" if unfinished else "no such file"
+            raise PackError(f"{path}: {why}") from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise PackError(f"{path}: no manifest of a pack: {where}: {fault['msg']}") from None
+
+    def files(self) -> Iterator[tuple[str, int, str]]:
+        """(name, bytes, sha256) of every file."""
+        width = np.dtype(self.dtype).itemsize
+        for shard in self.shards:
+            yield f"{shard.name}.tokens", shard.tokens * width, shard.tokens_sha256
+            yield f"{shard.name}.documents", (shard.documents + 1) * 8, shard.documents_sha256
+
+
+class _Place(NamedTuple):
+    """Input number, and documents of it that are done."""
+
+    input: int = 0
+    documents: int = 0
+
+
+class _Unfinished(_Data):
+    """What a killed run leaves: started again, packing goes on after the last finished shard."""
+
+    settings: PackSettings
+    inputs: tuple[tuple[str, int, int], ...]  # name, bytes, time of change
+    shards: tuple[PackShard, ...] = ()
+    place: _Place = _Place()
+
+
+class _Batch(NamedTuple):
+    texts: list[str]
+    ends: list[bool]
+    places: list[_Place]  # after each text
+    bytes_read: int
+
+
+class _Encoded(NamedTuple):
+    """A batch, its ids with end-of-text tokens among them, and their offsets."""
+
+    batch: _Batch
+    ids: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.int64]
+
+
+def write_pack(
+    inputs: Sequence[str | Path],
+    tokenizer: PackTokenizer,
+    out: str | Path,
+    *,
+    shard_tokens: int = 100_000_000,
+    text_key: str = "text",
+    append_eos: bool = False,
+    eos_token: str | None = None,
+    progress: bool = False,
+) -> PackManifest:
+    """Encode text, JSON lines and Parquet files into the folder `out`.
+
+    The result is a pure function of the inputs, the tokenizer and the settings. A run that was killed goes on
+    after its last finished shard and ends with the same bytes; a finished one is only checked. Reading,
+    encoding and writing overlap; memory is bounded by a few batches, and the document index of one shard.
+
+    Args:
+        inputs: files, and folders whose files are taken in the order of their paths.
+        tokenizer: makes the ids.
+        out: created if missing.
+        shard_tokens: a shard ends with the document that reaches this.
+        text_key: field of a JSON line, or column, with the text.
+        append_eos: end every document with the tokenizer's end-of-text token.
+        eos_token: that token, where it is not one of the usual ones.
+        progress: show a progress bar.
+    """
+    files = input_files(inputs)
+    if not files:
+        raise InputError("no inputs to pack")
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens must be at least 1, found {shard_tokens}")
+    settings = PackSettings(
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=_eos(tokenizer, eos_token) if append_eos or eos_token else None,
+        text_key=text_key,
+        shard_tokens=shard_tokens,
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        return _Packer(files, tokenizer, folder, settings)(progress)
+
+
+def verify_pack(folder: str | Path) -> PackManifest:
+    """Check every byte of a pack against its manifest; PackError names each damaged file."""
+    manifest = PackManifest.read(folder)
+
+    def fault(file: tuple[str, int, str]) -> str | None:
+        name, size, wanted = file
+        path = Path(folder) / name
+        if not path.exists():
+            return f"{path}: missing"
+        if (found := path.stat().st_size) != size:
+            return f"{path}: {found} bytes, the manifest says {size}"
+        if (digest := _sha256(path)) != wanted:
+            return f"{path}: damaged: its sha256 is {digest}, the manifest says {wanted}"
+        return None
+
+    with ThreadPoolExecutor() as threads:
+        faults = [text for text in threads.map(fault, manifest.files()) if text]
+    if faults:
+        raise PackError("\n".join(faults))
+    return manifest
+
+
+class _Packer:
+    """One run over one folder, which is locked."""
+
+    def __init__(
+        self, files: list[Path], tokenizer: PackTokenizer, folder: Path, settings: PackSettings
+    ) -> None:
+        self.files, self.tokenizer, self.folder, self.settings = files, tokenizer, folder, settings
+        whole = Path(os.path.commonpath([path.absolute().parent for path in files]))
+        self.names = [path.absolute().relative_to(whole).as_posix() for path in files]
+        stats = [path.stat() for path in files]
+        self.sizes = [stat.st_size for stat in stats]
+        times = [stat.st_mtime_ns for stat in stats]
+        fresh = _Unfinished(settings=settings, inputs=tuple(zip(self.names, self.sizes, times, strict=True)))
+        self.state = self._found(fresh) or fresh
+
+    def _found(self, fresh: _Unfinished) -> _Unfinished | None:
+        """What an earlier run of the same job has done."""
+        path = self.folder / UNFINISHED
+        if not path.exists():
+            return None
+        try:
+            state = _Unfinished.model_validate_json(path.read_bytes())
+        except ValidationError:
+            raise PackError(f"{path}: damaged; remove the folder to pack anew") from None
+        if (state.settings, state.inputs) != (fresh.settings, fresh.inputs):
+            raise PackError(f"{path}: left by a job with other inputs or settings; remove the folder first")
+        return state
+
+    def __call__(self, progress: bool) -> PackManifest:
+        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as finisher:
+            self.finisher = finisher
+            if (self.folder / MANIFEST).exists():
+                return self._same(PackManifest.read(self.folder))
+            hashes: list[Future[str]] = [hasher.submit(_sha256, path) for path in self.files]
+            try:
+                self._write(progress)
+            except BaseException:
+                hasher.shutdown(wait=False, cancel_futures=True)
+                raise
+            digests = [future.result() for future in hashes]
+        shards = self.state.shards
+        manifest = PackManifest(
+            dtype=self.settings.dtype,
+            tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents for shard in shards),
+            settings=self.settings,
+            inputs=tuple(
+                PackInput(name=name, bytes=size, sha256=digest)
+                for name, size, digest in zip(self.names, self.sizes, digests, strict=True)
+            ),
+            shards=shards,
+        )
+        _replace(self.folder / MANIFEST, manifest)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        return manifest
+
+    def _same(self, manifest: PackManifest) -> PackManifest:
+        """The finished pack of this very job, or an error."""
+        mine = list(zip(self.names, self.sizes, strict=True))
+        theirs = [(entry.name, entry.bytes) for entry in manifest.inputs]
+        same = manifest.settings == self.settings and mine == theirs
+        if not same or [_sha256(p) for p in self.files] != [entry.sha256 for entry in manifest.inputs]:
+            raise PackError(f"{self.folder}: already holds a pack of other inputs or settings")
+        return manifest
+
+    def _write(self, progress: bool) -> None:
+        bar = Progress(
+            TextColumn("packing"),
+            BarColumn(),
+            DownloadColumn(),
+            TextColumn("{task.fields[tokens]:,} tokens"),
+            TimeRemainingColumn(),
+            disable=not progress,
+        )
+        tokens = sum(shard.tokens for shard in self.state.shards)
+        task = bar.add_task("", total=sum(self.sizes), tokens=tokens)
+        shard: _Shard | None = None
+        number = len(self.state.shards)
+        finishing: Future[None] | None = None
+        with bar, closing(_ahead(self._encoded(_ahead(self._batches())))) as encoded:
+            try:
+                for batch, ids, offsets in encoded:
+                    start = 0
+                    ends = np.flatnonzero(batch.ends)
+                    at = offsets[ends + 1]  # where documents end in this batch
+                    while start < len(ids) or len(ends):
+                        if shard is None:
+                            shard = _Shard(self.folder, number, self.settings.dtype)
+                            number += 1
+                        full = int(np.searchsorted(at, start + self.settings.shard_tokens - shard.tokens))
+                        done = full < len(at)
+                        stop = int(at[full]) if done else len(ids)
+                        taken = full + 1 if done else len(at)
+                        shard.write(ids[start:stop], at[:taken] - start)
+                        start, last = stop, ends[taken - 1] if taken else None
+                        ends, at = ends[taken:], at[taken:]
+                        if done and last is not None:
+                            finishing = self._finish(shard, batch.places[last], finishing)
+                            shard = None
+                    tokens += len(ids)
+                    bar.update(task, completed=batch.bytes_read, tokens=tokens)
+                if shard is not None:
+                    finishing = self._finish(shard, _Place(len(self.files)), finishing)
+                    shard = None
+                if finishing is not None:
+                    finishing.result()
+            finally:
+                if shard is not None:
+                    shard.discard()
+
+    def _batches(self) -> Iterator[_Batch]:
+        """Texts from where the last finished shard ends."""
+        texts: list[str] = []
+        ends: list[bool] = []
+        places: list[_Place] = []
+        size, before = 0, sum(self.sizes[: self.state.place.input])
+        for i in range(self.state.place.input, len(self.files)):
+            documents = Documents(self.files[i], self.settings.text_key)
+            skip = self.state.place.documents if i == self.state.place.input else 0
+            done = 0
+            for text, end in documents:
+                done += end
+                if done - end < skip:
+                    continue
+                texts.append(text)
+                ends.append(end)
+                places.append(_Place(i, done))
+                size += len(text)
+                if size >= _BATCH or len(texts) == 1 << 16:
+                    yield _Batch(texts, ends, places, before + documents.bytes_read)
+                    texts, ends, places, size = [], [], [], 0
+            before += self.sizes[i]
+        if texts:
+            yield _Batch(texts, ends, places, before)
+
+    def _encoded(self, batches: Generator[_Batch]) -> Iterator[_Encoded]:
+        """The batches in their order, two at work: as one nears its end, the next keeps all threads busy."""
+        waiting: deque[Future[_Encoded]] = deque()
+        with closing(batches), ThreadPoolExecutor(2) as threads:
+            for batch in batches:
+                waiting.append(threads.submit(self._encode, batch))
+                if len(waiting) > 2:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _encode(self, batch: _Batch) -> _Encoded:
+        ragged = self.tokenizer.encode_batch(batch.texts)
+        ids, offsets = ragged.ids, ragged.offsets
+        if len(ids) and (highest := int(ids.max())) >= self.settings.vocab_size:
+            raise PackError(f"the tokenizer made id {highest}, its vocab_size is {self.settings.vocab_size}")
+        if (eos := self.settings.eos_token_id) is not None:
+            ends = np.array(batch.ends)
+            ids = np.insert(ids, offsets[1:][ends], eos)
+            offsets = offsets + np.concatenate(([0], np.cumsum(ends)))
+        return _Encoded(batch, ids, offsets)
+
+    def _finish(self, shard: _Shard, place: _Place, before: Future[None] | None) -> Future[None]:
+        """Bring a shard to the disk and record it, while the next one is written."""
+        if before is not None:
+            before.result()
+
+        def finish() -> None:
+            shards = (*self.state.shards, shard.finish())
+            self.state = self.state.model_copy(update={"shards": shards, "place": place})
+            if place.input < len(self.files):  # else the manifest follows at once
+                _replace(self.folder / UNFINISHED, self.state)
+
+        return self.finisher.submit(finish)
+
+
+class _Shard:
+    """Files of one shard under temporary names."""
+
+    def __init__(self, folder: Path, number: int, dtype: str) -> None:
+        self.folder, self.name = folder, f"shard-{number:05d}"
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.tokens = 0
+        self._ends: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self._digest = hashlib.sha256()
+        self._file = open(self._temporary("tokens"), "wb")  # noqa: SIM115
+
+    def write(self, ids: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> None:
+        """Append tokens; documents end after `ends` of them."""
+        data = ids.astype(self.dtype).data.cast("B")
+        self._file.write(data)
+        self._digest.update(data)
+        self._ends.append(ends + self.tokens)
+        self.tokens += len(ids)
+
+    def finish(self) -> PackShard:
+        """Bring both files to the disk, then give them their names."""
+        ends = np.concatenate(self._ends).astype("<i8")
+        _sync(self._file)
+        self._file.close()
+        with open(self._temporary("documents"), "wb") as file:
+            file.write(ends.data)
+            _sync(file)
+        for suffix in ("tokens", "documents"):
+            self._temporary(suffix).rename(self.folder / f"{self.name}.{suffix}")
+        _sync_folder(self.folder)
+        return PackShard(
+            name=self.name,
+            tokens=self.tokens,
+            documents=len(ends) - 1,
+            tokens_sha256=self._digest.hexdigest(),
+            documents_sha256=hashlib.sha256(ends.data).hexdigest(),
+        )
+
+    def discard(self) -> None:
+        self._file.close()
+        self._temporary("tokens").unlink(missing_ok=True)
+
+    def _temporary(self, suffix: str) -> Path:
+        return self.folder / f"{self.name}.{suffix}.tmp"
+
+
+def _ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
+    """The same items, made in a thread that is up to `depth` of them ahead."""
+    queue: Queue[tuple[T] | BaseException | None] = Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[T] | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                queue.put(item, timeout=0.1)
+                return True
+            except Full:
+                pass
+        return False
+
+    def run() -> None:
+        end: BaseException | None = None
+        try:
+            for item in items:
+                if not put((item,)):
+                    break
+        except BaseException as error:
+            end = error
+        finally:
+            if isinstance(items, Generator):
+                items.close()
+        put(end)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while isinstance(item := queue.get(), tuple):
+            yield item[0]
+        if item is not None:
+            raise item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _eos(tokenizer: PackTokenizer, name: str | None) -> int:
+    special = tokenizer.special_tokens
+    candidates = [token for token in ([name] if name else EOS_TOKENS) if token in special]
+    if not candidates:
+        what = f"'{name}'" if name else "none of the usual ends of text"
+        raise InputError(
+            f"the tokenizer's special tokens hold {what}; they are {', '.join(special) or 'none'}"
+        )
+    return special[candidates[0]]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, content: BaseModel) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(content.model_dump_json(indent=2) + "\n")
+        _sync(file)
+    temporary.rename(path)
+    _sync_folder(path.parent)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise PackError(f"{folder}: another process is packing into this folder") from None
+    finally:
+        os.close(handle)
