@@ -276,7 +276,7 @@ def test_later_overrides_win_and_tables_without_kind_change_the_default() -> Non
         ("layers.override.1.indices=[1]", r"override: unknown key 'layers\.override\.1'"),
         ("layers.default.mixer.heads.x=1", r"override: unknown key 'layers\.default\.mixer\.heads\.x'"),
         ("mtp.dpth=1", r"override: mtp\.dpth: unknown key"),
-        ("bos_token_id.x=1", "override: bos_token_id: .*valid integer"),
+        ("pad_token_id.x=1", "override: pad_token_id: .*valid integer"),
         ("hidden_size=wide", "override: hidden_size: .*found 'wide'"),
         ("layers.count=9", "override: layers.override: index 10 is out of range for 9 layers"),
     ],
