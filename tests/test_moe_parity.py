@@ -645,7 +645,9 @@ def test_published_config_is_the_registered_model(name: str) -> None:
     assert family.claims({"config.json": HUB[name]})
     found = archzoo.ModelConfig.from_dict(family.read({"config.json": HUB[name]}))
     assert found.specs == expected.specs
-    other = {"name", "family", "layers", "source"}
+    depth = HUB[name].get("num_nextn_predict_layers", 0)
+    assert (found.mtp.depth if found.mtp else 0) == depth  # of the files, not of the registered model
+    other = {"name", "family", "layers", "source", "mtp"}
     assert found.model_dump(exclude=other) == expected.model_dump(exclude=other)
 
 

@@ -93,7 +93,7 @@ def r2r_generate(
     _check(small, large, router, input_ids, max_new_tokens)
     vocab = min(small.config.vocab_size, large.config.vocab_size)  # one tokenizer, padded differently
     stops = stops_of(small.config.eos_token_id) if stop_tokens is None else list(stop_tokens)
-    modules = (small, large, router)
+    modules: tuple[nn.Module, ...] = (small, large, router)
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
