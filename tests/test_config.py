@@ -247,6 +247,8 @@ def test_override_gives_a_new_config() -> None:
     assert config.specs[0].mixer.kv_rank == 128
     whole = config.override("layers.default.mixer={kind='attention', heads=4, kv_heads=2, head_dim=8}")
     assert whole.specs[1].mixer.kind == "attention"
+    assert config.mtp is None
+    assert config.override("mtp.weight=0.1", "mtp.depth=2").mtp.model_dump() == {"depth": 2, "weight": 0.1}
 
 
 def test_later_overrides_win_and_tables_without_kind_change_the_default() -> None:
@@ -273,6 +275,8 @@ def test_later_overrides_win_and_tables_without_kind_change_the_default() -> Non
         ("layers.cuont=3", "override: unknown key 'layers.cuont'"),
         ("layers.override.1.indices=[1]", r"override: unknown key 'layers\.override\.1'"),
         ("layers.default.mixer.heads.x=1", r"override: unknown key 'layers\.default\.mixer\.heads\.x'"),
+        ("mtp.dpth=1", r"override: mtp\.dpth: unknown key"),
+        ("pad_token_id.x=1", "override: pad_token_id: .*valid integer"),
         ("hidden_size=wide", "override: hidden_size: .*found 'wide'"),
         ("layers.count=9", "override: layers.override: index 10 is out of range for 9 layers"),
     ],

@@ -356,6 +356,124 @@ def test_prediction_modules_are_left_out(saved: Any, tmp_path: Path, tokens: Any
         archzoo.load(copy(source, tmp_path / "fewer", {**tensors, **extra, **head}, num_hidden_layers=1))
 
 
+def with_prediction_modules(source: Path, target: Path, depth: int = 1, **settings: Any) -> Path:
+    """The folder and `depth` modules as the published ones have them, with weights of their own."""
+    tensors, gen = tensors_of(source), torch.Generator().manual_seed(7)
+    layer = {k: v for k, v in tensors.items() if k.startswith("model.layers.1.")}
+    for k in range(depth):
+        prefix = f"model.layers.{2 + k}."
+        for name, old in layer.items():
+            noise = torch.randn(old.shape, generator=gen) * 0.1
+            tensors[name.replace("model.layers.1.", prefix)] = noise + (old if "norm" in name else 0)
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{prefix}{name}.weight"] = 1 + torch.randn(64, generator=gen) * 0.1
+        tensors[f"{prefix}eh_proj.weight"] = torch.randn(64, 128, generator=gen) * 0.1
+        tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    return copy(source, target, tensors, num_nextn_predict_layers=depth, **settings)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("name", ["v3", "glm"])
+def test_prediction_modules_both_ways(name: str, depth: int, saved: Any, tmp_path: Path, tokens: Any) -> None:
+    _, source = saved(name)
+    path = with_prediction_modules(source, tmp_path / "mtp", depth)
+    model, plain = archzoo.load(path, mtp=True), archzoo.load(path)
+    assert (model.config.mtp.depth, model.config.family) == (depth, plain.config.family)
+    assert plain.config.mtp is None
+    stored, module = tensors_of(path), model.mtp[depth - 1]
+    prefix = f"model.layers.{1 + depth}."
+    assert torch.equal(module.eh_proj.weight, stored[f"{prefix}eh_proj.weight"])
+    assert torch.equal(module.norm.weight, stored[f"{prefix}shared_head.norm.weight"])
+    down = stored[f"{prefix}mlp.experts.3.down_proj.weight"]
+    assert torch.equal(module.layer.ffn.experts.down[3], down)
+    ids = tokens(1, 9, vocab=96)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    archzoo.save(model, tmp_path / "ours")
+    file = "model.safetensors"
+    assert (tmp_path / "ours" / file).read_bytes() == (path / file).read_bytes()
+    assert json.loads((tmp_path / "ours/config.json").read_text())["num_nextn_predict_layers"] == depth
+    archzoo.save(plain, tmp_path / "plain")
+    assert_same_tensors(tmp_path / "plain", source)
+    expected = archzoo.generate(plain, ids, 20, stop_tokens=[])
+    assert torch.equal(archzoo.generate(model, ids, 20, stop_tokens=[], use_mtp=True), expected)
+
+
+@pytest.mark.parametrize("name", ["v3", "glm"])
+def test_transformers_reads_our_prediction_modules(
+    name: str, saved: Any, tmp_path: Path, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows the modules of each published model by the numbers of their layers."""
+    layers = pytest.importorskip("transformers.modeling_layers")
+    _, source = saved(name)
+    model = archzoo.load(with_prediction_modules(source, tmp_path / "mtp"), mtp=True)
+    archzoo.save(model, tmp_path / "ours")
+    kind = getattr(transformers, f"{CASES[name][0]}ForCausalLM")
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
+    hf = kind.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    theirs, ids = layers.MtpModel.from_pretrained(hf), tokens(1, 9, vocab=96)
+    at = torch.arange(1, 9)[None]
+    mask = torch.full((8, 8), -torch.inf).triu(1)[None, None]
+    with torch.inference_mode():
+        hidden = hf.model(ids).last_hidden_state[:, :-1]
+        rotary = theirs.rotary_emb(hidden, at)
+        embedded = hf.model.embed_tokens(ids[:, 1:])
+        expected = theirs.layers[0](embedded, hidden, rotary, mask, at, None)
+        got = model.mtp[0](model.embed(ids[:, 1:]), model.backbone(ids)[:, :-1], model.context(ids[:, :-1]))
+    assert expected.std() > 0.05
+    assert_close(got, expected)
+
+
+def test_prediction_modules_that_do_not_fit(saved: Any, tmp_path: Path) -> None:
+    _, source = saved("v3")
+    path = with_prediction_modules(source, tmp_path / "mtp")
+    tensors, layer = tensors_of(path), "model.layers.2."
+    copies = {n for n in tensors if n.endswith(("2.embed_tokens.weight", "shared_head.head.weight"))}
+    assert len(copies) == 2
+
+    def folder(name: str, tensors: dict[str, Tensor], depth: int = 1) -> Path:
+        return copy(path, tmp_path / name, tensors, num_nextn_predict_layers=depth)
+
+    bare = folder("bare", {n: t for n, t in tensors.items() if n not in copies})
+    archzoo.save(archzoo.load(bare, mtp=True), tmp_path / "whole")
+    assert_same_tensors(tmp_path / "whole", path)
+    with pytest.raises(CheckpointError, match=r"names no prediction modules to load with mtp=True"):
+        archzoo.load(folder("none", tensors, 0), mtp=True)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.3\..* is missing"):
+        archzoo.load(folder("two", tensors, 2), mtp=True)
+    for name in sorted(copies):
+        with pytest.raises(CheckpointError, match=rf"'{name}' differs from that of the model"):
+            archzoo.load(folder("other", {**tensors, name: tensors[name] + 1}), mtp=True)
+        with pytest.raises(CheckpointError, match=rf"'{name}' has shape \[3\]"):
+            archzoo.load(folder("shape", {**tensors, name: torch.zeros(3)}), mtp=True)
+    extra = {f"{layer}self_attn.gate.weight": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.2\.self_attn\.gate.* has no place"):
+        archzoo.load(folder("extra", {**tensors, **extra}), mtp=True)
+    assert archzoo.load(folder("spare", {**tensors, **extra})).config.mtp is None
+
+
+def test_weight_of_the_prediction_loss_survives_the_folder(tmp_path: Path) -> None:
+    tiny = archzoo.config("deepseek-v3").tiny().override("mtp.depth=1", "mtp.weight=0.1")
+    archzoo.save(archzoo.build(tiny, dtype=torch.bfloat16), tmp_path / "m")
+    again = archzoo.load(tmp_path / "m", mtp=True)
+    assert (again.config.family, again.config.mtp) == ("deepseek_v3", tiny.mtp)
+    assert {p.dtype for p in again.mtp.parameters()} == {torch.bfloat16}
+
+
+def test_parameters_of_deepseek_v3s_prediction_module() -> None:
+    """The published 11.5B unique and 2.4B activated (embedding and head included) leave out `eh_proj`."""
+    config = archzoo.config("deepseek-v3")
+    further, d = config.override("mtp.depth=1"), config.hidden_size
+    unique = archzoo.cost(further).params - archzoo.cost(config).params
+    assert unique == further.mtp_params == 11_610_068_224
+    projection, shared = 2 * d * d, 2 * config.vocab_size * d
+    assert round((unique - projection) / 1e9, 1) == 11.5
+    active = config.specs[-1].active_params(d) + 3 * d
+    assert round((active + shared) / 1e9, 1) == 2.4
+    assert archzoo.cost(config).params == 671_026_404_352 + 14_848
+
+
 def test_kimi_model_type(saved: Any, tmp_path: Path, tokens: Any) -> None:
     _, source = saved("kimi")
     path, ids = (
@@ -527,7 +645,9 @@ def test_published_config_is_the_registered_model(name: str) -> None:
     assert family.claims({"config.json": HUB[name]})
     found = archzoo.ModelConfig.from_dict(family.read({"config.json": HUB[name]}))
     assert found.specs == expected.specs
-    other = {"name", "family", "layers", "source"}
+    depth = HUB[name].get("num_nextn_predict_layers", 0)
+    assert (found.mtp.depth if found.mtp else 0) == depth  # of the files, not of the registered model
+    other = {"name", "family", "layers", "source", "mtp"}
     assert found.model_dump(exclude=other) == expected.model_dump(exclude=other)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union
@@ -199,7 +200,8 @@ class ModelConfig(BaseModel):
         """A new config with `dotted.key=value` changes; values are TOML ("layers.count=8").
 
         Indices address list items ("layers.override.0.indices=[0, 4]"); a layer table that the default
-        inherits may be changed key by key ("layers.default.mixer.heads=4").
+        inherits may be changed key by key ("layers.default.mixer.heads=4"), an optional table that is not
+        there is made ("mtp.depth=1").
         """
         data = self.model_dump()
         for text in assignments:
@@ -251,6 +253,8 @@ def _assign(data: Any, key: str, value: Any) -> None:
             raise ConfigError(f"override: unknown key '{here}'") from None
         if last:
             node[index] = value
+        elif child is None:
+            node[index] = child = defaultdict(lambda: None)  # a table whose keys only validation knows
         elif isinstance(child, tuple):  # model_dump keeps tuples; lists can be assigned to
             node[index] = child = list(child)
         node = child

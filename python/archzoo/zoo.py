@@ -90,13 +90,18 @@ def _skeleton(cfg: ModelConfig, dtype: torch.dtype) -> CausalLM:
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    mtp: bool = False,
 ) -> CausalLM:
     """The model of any supported Hugging Face folder; the family is found from its files.
 
-    dtype None keeps the stored one. All or nothing: an error leaves no half-loaded model.
+    dtype None keeps the stored one. DeepSeek-V3's and GLM-4.5's multi-token prediction modules are left out,
+    as transformers does, unless `mtp`. All or nothing: an error leaves no half-loaded model.
     """
-    cfg, family = checkpoint.read_config(folder)
+    cfg, family = checkpoint.read_config(folder, mtp)
     reader = checkpoint.open(folder)
     model = _skeleton(cfg, dtype or torch.float32)
     if dtype is None:

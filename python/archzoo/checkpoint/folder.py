@@ -23,8 +23,11 @@ STAGE = 1 << 27  # elements read at once into memory of their own
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
 
-def read_config(folder: str | Path) -> tuple[ModelConfig, Family]:
-    """The config of a folder and the family whose layout it has."""
+def read_config(folder: str | Path, mtp: bool = False) -> tuple[ModelConfig, Family]:
+    """The config of a folder and the family whose layout it has.
+
+    Prediction modules that transformers leaves out are part of it if `mtp`.
+    """
     folder = Path(folder)
     files = _json_files(folder)
     claimed = [f for f in families().values() if f.claims(files)]
@@ -45,6 +48,10 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Family]:
         raise CheckpointError(
             f"{folder}: the config files do not make sense for family '{family.name}': {error}"
         ) from None
+    if mtp and not data.get("mtp"):
+        raise CheckpointError(f"{folder}: its config names no prediction modules to load with mtp=True")
+    if not mtp and family.beyond is not None:
+        data = {**data, "mtp": None}
     data = {"name": folder.name, **data, "family": family.name}
     return ModelConfig.from_dict(data, str(folder / "config.json")), family
 
@@ -89,14 +96,19 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
     With each goes the format of what is stored for it, None when that is the region itself.
     """
     stored = set(reader.keys())
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    layers, depth = config.layers.count, 0 if config.mtp is None else config.mtp.depth
     regions = [
         (r, stored_as(reader, stored, r.name, r.shape))
         for name, tensor in _tensors(model).items()
-        for r in family.regions(name, tensor, stored)
+        for r in family.regions(name, tensor, stored, layers)
     ]
     wanted = {part for r, form in regions for part in (form.names(r.name) if form else [r.name])}
-    config: ModelConfig = model.config  # type: ignore[assignment]
-    spare = family.ignored(stored, config.layers.count)
+    copies = [
+        (r, stored_as(reader, stored, r.name, r.shape)) for r in _copies(model, family) if r.name in stored
+    ]
+    spare = family.ignored(stored, layers + depth)
+    spare |= {part for r, form in copies for part in (form.names(r.name) if form else [r.name])}
     if config.tie_embeddings:
         spare.add("lm_head.weight")
     extra = sorted(stored - wanted - spare)
@@ -110,7 +122,7 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
         _, _, file = reader.info(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
-    for (name, _, expected), form in regions:
+    for (name, _, expected), form in [*regions, *copies]:
         if form is not None:
             form.check(reader, name, expected)
             continue
@@ -125,11 +137,24 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
     return regions
 
 
+def _copies(model: nn.Module, family: Family) -> list[Region]:
+    """Embedding and head as the file repeats them in every prediction module."""
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    embed = model.get_parameter("embed.weight")
+    head = embed if config.tie_embeddings else model.get_parameter("lm_head.weight")
+    return [
+        Region(pattern.replace("{i}", str(config.layers.count + k)), weight.detach(), tuple(weight.shape))
+        for k in range(0 if config.mtp is None else config.mtp.depth)
+        for pattern, weight in zip(family.copies, (embed, head), strict=False)
+    ]
+
+
 def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
     """Give every parameter of a `meta` model the dtype that is stored for it, bf16 for fewer bits."""
     forms = {r.name: form for r, form in match(model, reader, family)}
+    config: ModelConfig = model.config  # type: ignore[assignment]
     for name, tensor in _tensors(model).items():
-        keys = [region.name for region in family.regions(name, tensor, forms)]
+        keys = [region.name for region in family.regions(name, tensor, forms, config.layers.count)]
         stored = {torch.bfloat16 if forms[key] else reader.info(key)[0] for key in keys}
         if len(stored) == 1:
             tensor.data = tensor.data.to(stored.pop())
@@ -137,7 +162,7 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 
 @torch.no_grad()
 def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
-    """Fill the model; checks everything first."""
+    """Fill the model; checks everything first, but that copies are what they copy."""
     direct: dict[str, Tensor] = {}
     staged: list[tuple[Region, Format | None]] = []
     for region, form in match(model, reader, family):
@@ -150,6 +175,15 @@ def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
     reader.read_into(direct)
     for batch in _batches(staged):  # read together, in threads
         _read_batch(reader, batch)
+    stored = set(reader.keys())
+    for name, weight, shape in _copies(model, family):
+        if name in stored:
+            copy = torch.empty_like(weight)
+            _read_batch(reader, [(Region(name, copy, shape), stored_as(reader, stored, name, shape))])
+            if not torch.equal(copy, weight):
+                raise CheckpointError(
+                    f"{reader.info(name)[2]}: tensor '{name}' differs from that of the model, which shares it"
+                )
 
 
 def _batches(
@@ -192,9 +226,11 @@ def write_model(
     """config files, weights and `extra_files` (tokenizer and the like) as one atomic folder."""
     config: ModelConfig = model.config  # type: ignore[assignment]
     family = _family_for(config)
-    tensors: dict[str, Tensor] = {}
+    layers = config.layers.count
+    tensors = {r.name: r.view for r in _copies(model, family)}
     for name, tensor in _tensors(model).items():
-        tensors |= {r.name: r.view.reshape(r.shape) for r in family.regions(name, tensor.detach())}
+        regions = family.regions(name, tensor.detach(), layers=layers)
+        tensors |= {r.name: r.view.reshape(r.shape) for r in regions}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     contents = family.write(config)
     with atomic_folder(folder) as tmp:

@@ -71,9 +71,9 @@ class Family:
 
     `claims(files)` looks at the folder's parsed JSON files; `read(files)` gives ModelConfig data;
     `write(config)` gives the JSON files, at most `files`. `dropped` are regexes of tensors that are derived,
-    not stored. `beyond` names the tensor (with `{i}`) by which a layer past the last one is known to be an
-    extra module, such as a multi-token prediction head, that is left out. `aliases` are rules of other names
-    that are read, not written.
+    not stored. `beyond` names the tensor (with `{i}`) by which a layer past the last one is known to be a
+    multi-token prediction module, whose rules are those of a layer; `copies` are the tensors in it that
+    repeat the embedding and the head. `aliases` are rules of other names that are read, not written.
     """
 
     name: str
@@ -84,13 +84,18 @@ class Family:
     aliases: Sequence[Rule] = ()
     dropped: Sequence[str] = field(default=())
     beyond: str | None = None
+    copies: Sequence[str] = ()
     files: Sequence[str] = ("config.json",)
 
-    def regions(self, name: str, tensor: Tensor, stored: Collection[str] = ()) -> list[Region]:
+    def regions(
+        self, name: str, tensor: Tensor, stored: Collection[str] = (), layers: int = 0
+    ) -> list[Region]:
         """The file tensors of native parameter `name` as views of `tensor`; no rule keeps the name.
 
-        An alias is taken where its names are `stored`.
+        An alias is taken where its names are `stored`. Prediction module k is layer `layers` + k.
         """
+        if self.beyond is not None and (module := re.match(r"mtp\.(\d+)\.(?:layer\.)?", name)):
+            name = f"layers.{layers + int(module[1])}.{name[module.end() :]}"
         for rule in self.aliases:
             if match := rule.pattern.match(name):
                 regions = rule.regions(match[1] if match.groups() else "", tensor)
@@ -102,7 +107,10 @@ class Family:
         return [Region(name, tensor, tuple(tensor.shape))]
 
     def ignored(self, stored: Collection[str], layers: int) -> set[str]:
-        """The stored tensors that have no place in a model of that many layers, and need none."""
+        """The stored tensors that have no place in a model of that many layers, and need none.
+
+        Prediction modules that the model has count as layers.
+        """
         out = {name for name in stored if any(re.fullmatch(pattern, name) for pattern in self.dropped)}
         i = layers
         while self.beyond is not None and self.beyond.replace("{i}", str(i)) in stored:

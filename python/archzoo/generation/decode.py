@@ -43,7 +43,7 @@ def generate(
     """
     check_sampling(temperature, top_k, top_p, min_p)
     config, device = model.config, model.embed.weight.device
-    stops = _stops(config.eos_token_id) if stop_tokens is None else list(stop_tokens)
+    stops = stops_of(config.eos_token_id) if stop_tokens is None else list(stop_tokens)
     pad = next((t for t in (pad_token_id, config.pad_token_id, *stops) if t is not None), 0)
     ids, positions = _prompt(input_ids, attention_mask, pad, device)
     batch, length = ids.shape
@@ -52,7 +52,7 @@ def generate(
             f"{length} prompt tokens and {max_new_tokens} new ones exceed the model's "
             f"{config.max_positions} positions"
         )
-    _check_ids(ids, config.vocab_size)
+    check_ids(ids, config.vocab_size)
     if max_new_tokens < 1:
         return ids
     was_training = model.training
@@ -109,7 +109,8 @@ def _steps(
             hidden = model.backbone(new[:, None], cache)
 
 
-def _stops(eos: int | tuple[int, ...] | None) -> list[int]:
+def stops_of(eos: int | tuple[int, ...] | None) -> list[int]:
+    """Stop tokens as a list."""
     if eos is None:
         return []
     return [eos] if isinstance(eos, int) else list(eos)
@@ -143,7 +144,8 @@ def _prompt(
     return ids, (seen.cumsum(1) - 1).masked_fill(~seen, -1)
 
 
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """InputError for a token id [B, T] outside the vocabulary."""
     bad = ((ids < 0) | (ids >= vocab_size)).nonzero()
     if bad.numel():
         row, at = bad[0].tolist()

@@ -1,4 +1,4 @@
-"""transformers' DeepSeek-V3 layout, also of Kimi-K2 (2412.19437). Prediction modules behind are left out."""
+"""transformers' DeepSeek-V3 layout, also of Kimi-K2 (2412.19437), with its prediction modules behind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ RULES = [
     *EXPERTS,
     Rule("layers.{i}.ffn.selection_bias", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
     *MLP,
+]
+COPIES = ["model.layers.{i}.embed_tokens.weight", "model.layers.{i}.shared_head.head.weight"]
+MTP = [
+    Rule(f"layers.{{i}}.{ours}.weight", f"model.layers.{{i}}.{theirs}.weight")
+    for ours, theirs in (
+        ("enorm", "enorm"),
+        ("hnorm", "hnorm"),
+        ("eh_proj", "eh_proj"),
+        ("norm", "shared_head.norm"),
+    )
 ]
 
 
@@ -41,11 +51,28 @@ def write_biased_moe(config: ModelConfig) -> dict[str, Any]:
     return {**write_moe(config), **ROUTER, "n_group": moe.groups, "topk_group": moe.top_groups}
 
 
+def read_mtp(hf: dict[str, Any]) -> dict[str, Any] | None:
+    """MTPConfig data; the weight of its loss is not in the published files."""
+    if not (depth := hf.get("num_nextn_predict_layers")):
+        return None
+    weight = hf.get("mtp_loss_weight")
+    return {"depth": depth} if weight is None else {"depth": depth, "weight": weight}
+
+
+def write_mtp(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of read_mtp."""
+    if config.mtp is None:
+        return {"num_nextn_predict_layers": 0}
+    changed = config.mtp.model_dump(exclude_defaults=True)
+    weight = {"mtp_loss_weight": changed["weight"]} if "weight" in changed else {}
+    return {"num_nextn_predict_layers": config.mtp.depth, **weight}
+
+
 def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
     expect(hf, **PLAIN)
     mixer = read_mla(hf, hf.get("rope_interleave", True))
-    return {**read_outer(hf), "layers": read_biased_moe(hf, mixer)}
+    return {**read_outer(hf), "layers": read_biased_moe(hf, mixer), "mtp": read_mtp(hf)}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -58,7 +85,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         **write_mla(mixer),
         **write_biased_moe(config),
         "rope_interleave": mixer.rope.interleaved,
-        "num_nextn_predict_layers": 0,
+        **write_mtp(config),
     }
     return {"config.json": hf}
 
@@ -68,8 +95,9 @@ FAMILY = Family(
     claims=lambda files: files["config.json"].get("model_type") in ("deepseek_v3", "kimi_k2"),
     read=_read,
     write=_write,
-    rules=[*MLA, *RULES],
+    rules=[*MLA, *RULES, *MTP],
     aliases=fused_rules(),
     dropped=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     beyond="model.layers.{i}.eh_proj.weight",
+    copies=COPIES,
 )

@@ -1,11 +1,19 @@
-"""transformers' GLM-4.5 layout (model_type "glm4_moe", 2508.06471). Prediction modules are left out."""
+"""transformers' GLM-4.5 layout (model_type "glm4_moe", 2508.06471), prediction modules as DeepSeek-V3's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from archzoo.blocks.mixers.attention import AttentionConfig
-from archzoo.checkpoint.families.deepseek_v3 import RULES, read_biased_moe, write_biased_moe
+from archzoo.checkpoint.families.deepseek_v3 import (
+    COPIES,
+    MTP,
+    RULES,
+    read_biased_moe,
+    read_mtp,
+    write_biased_moe,
+    write_mtp,
+)
 from archzoo.checkpoint.families.llama import (
     ATTENTION,
     QK_NORM,
@@ -23,7 +31,7 @@ def _read(files: dict[str, Any]) -> dict[str, Any]:
     hf = files["config.json"]
     norm = "head" if hf.get("use_qk_norm") else None
     mixer = {**read_partial_attention(hf, default=0.5), "o_bias": False, "qk_norm": norm}
-    return {**read_outer(hf), "layers": read_biased_moe(hf, mixer)}
+    return {**read_outer(hf), "layers": read_biased_moe(hf, mixer), "mtp": read_mtp(hf)}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -37,7 +45,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "partial_rotary_factor": (mixer.rotary_dim or mixer.head_dim) / mixer.head_dim,
         "use_qk_norm": mixer.qk_norm == "head",
         **write_biased_moe(config),
-        "num_nextn_predict_layers": 0,
+        **write_mtp(config),
     }
     return {"config.json": hf}
 
@@ -47,7 +55,8 @@ FAMILY = Family(
     claims=lambda files: files["config.json"].get("model_type") == "glm4_moe",
     read=_read,
     write=_write,
-    rules=[*ATTENTION, *QK_NORM, *RULES],
+    rules=[*ATTENTION, *QK_NORM, *RULES, *MTP],
     aliases=fused_rules(),
     beyond="model.layers.{i}.eh_proj.weight",
+    copies=COPIES,
 )
