@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads take cores from others
 
@@ -75,6 +77,14 @@ def batch1_linears(weights: list[torch.Tensor]) -> float:
             F.linear(rows[w.shape[1]], w)
 
     return interleaved({"linears": run}, 5, 2)["linears"]
+
+
+def hf_step(model: Any, ids: torch.Tensor, past: Any = None) -> tuple[Any, Any]:
+    """(output, cache) of a transformers model after more tokens; the cache's name depends on the version."""
+    names = ("cache", "past_key_values", "cache_params")
+    name = next(n for n in names if n in inspect.signature(model.forward).parameters)
+    out = model(ids, use_cache=True, **({} if past is None else {name: past}))
+    return out, next(out[n] for n in names if n in out)
 
 
 def machine() -> dict[str, object]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-from harness import Row, batch1_linears, gemm_rate, interleaved, read_bandwidth, report  # isort: skip
+from harness import Row, batch1_linears, gemm_rate, hf_step, interleaved, read_bandwidth, report  # isort: skip
 import torch
 from torch import nn
 
@@ -81,10 +81,7 @@ def decode_times(name: str) -> tuple[dict[str, float], archzoo.CausalLM]:
     x = ids(1, PROMPT, ours.config.vocab_size)
     cache = ours.new_cache(1, PROMPT + 64 * STEPS)
     ours(x, cache=cache)
-    past = peer(x, use_cache=True)
-    token = x[:, :1]
-    held = {"past": past.past_key_values if "past_key_values" in past else past.cache_params}
-    key = "past_key_values" if "past_key_values" in past else "cache_params"
+    past, token = hf_step(peer, x)[1], x[:, :1]
 
     def run_ours() -> None:
         for _ in range(STEPS):
@@ -92,7 +89,7 @@ def decode_times(name: str) -> tuple[dict[str, float], archzoo.CausalLM]:
 
     def run_peer() -> None:
         for _ in range(STEPS):
-            peer(token, **{key: held["past"]}, use_cache=True)
+            hf_step(peer, token, past)
 
     t = interleaved({"ours": run_ours, "peer": run_peer}, 9)
     return {k: v / STEPS for k, v in t.items()}, ours

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-from harness import Row, gemm_rate, interleaved, read_bandwidth, report  # isort: skip
+from harness import Row, gemm_rate, hf_step, interleaved, read_bandwidth, report  # isort: skip
 import torch
 from torch import nn
 
@@ -151,14 +151,11 @@ def decode(module: archzoo.CausalLM, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def peer_decode(module: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=module.config)
-    module(ids, past_key_values=cache, use_cache=True)
+    cache = hf_step(module, ids)[1]
 
     def run() -> None:
         for _ in range(STEPS):
-            module(ids[:, :1], past_key_values=cache, use_cache=True)
+            hf_step(module, ids[:, :1], cache)
         cache.crop(-STEPS)
 
     return run

@@ -206,7 +206,7 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> None:
+def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any, hf_step: Any) -> None:
     hf, ids = build(name), tokens(2, 21, vocab=96)
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     hf.save_pretrained(theirs, max_shard_size="60KB")
@@ -221,8 +221,7 @@ def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> 
         assert_close(model(ids).logits, expected)
         cache, past = model.new_cache(2), None
         for part in ids.split([13, 1, 1, 1, 1, 1, 1, 1, 1], 1):
-            out = hf(part, use_cache=True, past_key_values=past)
-            past = out.past_key_values
+            out, past = hf_step(hf, part, past)
             assert_close(model(part, cache=cache).logits, out.logits)
     archzoo.save(model, ours)
     assert json.loads((ours / "config.json").read_text())["model_type"] == hf.config.model_type

@@ -130,7 +130,9 @@ IDS = [f"llama-{n}" for n in LLAMAS] + [f"mamba2-{n}" for n in MAMBAS]
 
 
 @pytest.mark.parametrize(("make", "changes"), MODELS, ids=IDS)
-def test_folder_and_logits_both_ways(make: Any, changes: dict[str, Any], tmp_path: Path, tokens: Any) -> None:
+def test_folder_and_logits_both_ways(
+    make: Any, changes: dict[str, Any], tmp_path: Path, tokens: Any, hf_step: Any
+) -> None:
     hf, ids = make(**changes), tokens(2, 21, vocab=96)
     theirs = folder_of(hf, tmp_path / "theirs", shard="60KB")
     model = archzoo.load(theirs)
@@ -140,9 +142,7 @@ def test_folder_and_logits_both_ways(make: Any, changes: dict[str, Any], tmp_pat
         # cached decode beside transformers' own cache
         cache, past = model.new_cache(2), None
         for part in ids.split([13, 1, 1, 1, 1, 1, 1, 1, 1], 1):
-            name = "cache_params" if make is hf_mamba2 else "past_key_values"
-            out = hf(part, use_cache=True, **({name: past} if past is not None else {}))
-            past = getattr(out, name)
+            out, past = hf_step(hf, part, past)
             if make is hf_mamba2 and "time_step_limit" in changes and part.shape[1] == 1:
                 continue  # transformers' single step forgets the limit
             assert_close(model(part, cache=cache).logits, out.logits)

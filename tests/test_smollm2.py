@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +55,9 @@ def test_it_is_the_registered_model(model: CausalLM) -> None:
         assert getattr(model.config, field) == getattr(registered, field)
 
 
-def test_answer_is_that_of_transformers(folder: Path, model: CausalLM, prompt: Tensor) -> None:
+def test_answer_is_that_of_transformers(
+    folder: Path, model: CausalLM, prompt: Tensor, hf_step: Callable[..., Any]
+) -> None:
     """32 greedy tokens, the same to the last, and logits of the prompt to 1e-3."""
     transformers = pytest.importorskip("transformers")
     hf = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -63,8 +67,7 @@ def test_answer_is_that_of_transformers(folder: Path, model: CausalLM, prompt: T
         theirs, ours = [], []
         for step in range(32):
             logits = model(ids, cache=cache).logits
-            out = hf(ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out, past = hf_step(hf, ids, past)
             assert (logits - out.logits).abs().max() < 1e-3, step
             ours.append(logits[0, -1].argmax().item())
             theirs.append(out.logits[0, -1].argmax().item())
