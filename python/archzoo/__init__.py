@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         InputError,
+        TokenizerError,
         UnknownNameError,
     )
     from archzoo.generation import generate
     from archzoo.model import CausalLM, Output
+    from archzoo.tokenizer import Ragged, Tokenizer
     from archzoo.zoo import build, config, list_models, load, save
 
 __version__ = "0.1.0"
@@ -37,10 +39,12 @@ _HOMES = {
         "CheckpointError",
         "ConfigError",
         "InputError",
+        "TokenizerError",
         "UnknownNameError",
     ],
     "archzoo.generation": ["generate"],
     "archzoo.model": ["CausalLM", "Output"],
+    "archzoo.tokenizer": ["Ragged", "Tokenizer"],
     "archzoo.zoo": ["build", "config", "cost", "list_models", "load", "save"],
 }
 _ATTRIBUTES = {name: home for home, names in _HOMES.items() for name in names}

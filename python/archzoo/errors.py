@@ -40,3 +40,7 @@ class CheckpointError(ArchzooError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class TokenizerError(ArchzooError, ValueError):
+    """A tokenizer file that is damaged or asks for something that is not supported."""

@@ -4,6 +4,7 @@ mod checkpoint;
 mod decode;
 mod gate;
 mod pool;
+mod tokenizer;
 
 use pyo3::prelude::*;
 
@@ -19,6 +20,8 @@ mod _rust {
     };
     #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream};
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

@@ -1,0 +1,148 @@
+use std::sync::OnceLock;
+
+use regex_syntax::hir::{Class, HirKind};
+
+/// `\p{L}`
+pub const LETTER: u8 = 1;
+/// `\p{N}`
+pub const NUMBER: u8 = 2;
+/// `\s`
+pub const SPACE: u8 = 4;
+/// `\r` or `\n`
+pub const NEWLINE: u8 = 8;
+/// `\p{Lu}` or `\p{Lt}`
+pub const UPPER: u8 = 16;
+/// `\p{Ll}`
+pub const LOWER: u8 = 32;
+/// `\p{M}`
+pub const MARK: u8 = 64;
+/// `\p{P}` or `\p{S}`
+pub const SYMBOL: u8 = 128;
+/// In DeepSeek's table: a character of `[一-龥぀-ゟ゠-ヿ]`, which bounds its neighbours as a number does.
+pub const CJK: u8 = NUMBER | NEWLINE;
+
+/// The classes of every code point, as bits.
+pub type Table = [u8];
+
+/// Classes from the Unicode tables of `regex-syntax`, the same that the fallback regexes use.
+pub fn unicode() -> &'static Table {
+    static TABLE: OnceLock<Box<Table>> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut table = vec![0; 0x11_0000].into_boxed_slice();
+        for (bit, class) in [
+            (LETTER, r"\p{L}"),
+            (NUMBER, r"\p{N}"),
+            (SPACE, r"\s"),
+            (NEWLINE, r"[\r\n]"),
+            (UPPER, r"[\p{Lu}\p{Lt}]"),
+            (LOWER, r"\p{Ll}"),
+            (MARK, r"\p{M}"),
+            (SYMBOL, r"[\p{P}\p{S}]"),
+        ] {
+            for (first, last) in ranges(class) {
+                table[first..=last].iter_mut().for_each(|bits| *bits |= bit);
+            }
+        }
+        table
+    })
+}
+
+/// [`unicode`] with the characters of DeepSeek's second split as [`CJK`].
+pub fn deepseek() -> &'static Table {
+    static TABLE: OnceLock<Box<Table>> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut table: Box<Table> = unicode().into();
+        for (first, last) in [(0x4e00, 0x9fa5), (0x3040, 0x309f), (0x30a0, 0x30ff)] {
+            table[first..=last].fill(CJK);
+        }
+        table
+    })
+}
+
+macro_rules! predicate {
+    ($(#[$meta:meta])* $name:ident, $class:literal) => {
+        $(#[$meta])*
+        pub fn $name(c: char) -> bool {
+            static RANGES: OnceLock<Vec<(usize, usize)>> = OnceLock::new();
+            is_in(RANGES.get_or_init(|| ranges($class)), c)
+        }
+    };
+}
+
+predicate!(
+    /// `\p{P}`
+    is_punctuation, r"\p{P}"
+);
+predicate!(
+    /// `\w`
+    is_word, r"\w"
+);
+predicate!(
+    /// `\p{M}`
+    is_mark, r"\p{M}"
+);
+predicate!(
+    /// `\p{Mn}`
+    is_nonspacing_mark, r"\p{Mn}"
+);
+predicate!(
+    /// Controls, format characters and private use: `\p{C}` but for code points without a character.
+    is_control, r"[\p{Cc}\p{Cf}\p{Co}]"
+);
+
+fn is_in(ranges: &[(usize, usize)], c: char) -> bool {
+    let after = ranges.partition_point(|&(first, _)| first <= c as usize);
+    after > 0 && c as usize <= ranges[after - 1].1
+}
+
+/// Ranges of code points that a regex class matches.
+fn ranges(class: &str) -> Vec<(usize, usize)> {
+    match regex_syntax::parse(class).map(|hir| hir.into_kind()) {
+        Ok(HirKind::Class(Class::Unicode(class))) => {
+            class.iter().map(|r| (r.start() as usize, r.end() as usize)).collect()
+        }
+        _ => unreachable!("the classes above are valid"),
+    }
+}
+
+/// The code point at `at`, which is the start of a character, and its length in bytes.
+#[inline(always)]
+pub fn decode(text: &[u8], at: usize) -> (usize, usize) {
+    let tail = |i: usize| usize::from(text.get(at + i).copied().unwrap_or(0) & 0x3f);
+    let lead = usize::from(text[at]);
+    match lead {
+        0..0x80 => (lead, 1),
+        0x80..0xe0 => ((lead & 0x1f) << 6 | tail(1), 2),
+        0xe0..0xf0 => ((lead & 0xf) << 12 | tail(1) << 6 | tail(2), 3),
+        _ => ((lead & 7) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3), 4),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decode_is_that_of_chars() {
+        for c in '\0'..=char::MAX {
+            let mut buffer = [0; 4];
+            let bytes = c.encode_utf8(&mut buffer).as_bytes();
+            assert_eq!(decode(bytes, 0), (c as usize, bytes.len()));
+        }
+    }
+
+    #[test]
+    fn classes_of_some_characters() {
+        let class = |c: char| unicode()[c as usize];
+        assert_eq!(class('a'), LETTER | LOWER);
+        assert_eq!(class('ǅ'), LETTER | UPPER);
+        assert_eq!(class('中'), LETTER);
+        assert_eq!(class('½'), NUMBER);
+        assert_eq!(class('\n'), SPACE | NEWLINE);
+        assert_eq!(class('\u{3000}'), SPACE);
+        assert_eq!(class('\u{301}'), MARK);
+        assert_eq!(class('€'), SYMBOL);
+        assert_eq!(class('\0'), 0);
+        assert_eq!(deepseek()['中' as usize], CJK);
+    }
+}
