@@ -1,19 +1,5 @@
 //! The characters that GPT-2's files write bytes with.
 
-/// The character of a byte: itself where it is printable, else one from U+0100 on.
-pub fn char_of(byte: u8) -> char {
-    match byte {
-        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
-        0..=0x20 => offset(u32::from(byte)),
-        0x7f..=0xa0 => offset(0x21 + u32::from(byte) - 0x7f),
-        0xad => offset(0x43),
-    }
-}
-
-fn offset(n: u32) -> char {
-    char::from_u32(0x100 + n).unwrap_or_default()
-}
-
 /// The byte of a character.
 #[inline]
 pub fn byte_of(c: char) -> Option<u8> {
@@ -45,6 +31,20 @@ pub fn decode(token: &str, out: &mut Vec<u8>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The character of a byte: itself where it is printable, else one from U+0100 on.
+    fn char_of(byte: u8) -> char {
+        match byte {
+            b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
+            0..=0x20 => offset(u32::from(byte)),
+            0x7f..=0xa0 => offset(0x21 + u32::from(byte) - 0x7f),
+            0xad => offset(0x43),
+        }
+    }
+
+    fn offset(n: u32) -> char {
+        char::from_u32(0x100 + n).unwrap_or_default()
+    }
 
     #[test]
     fn bytes_round_trip() {

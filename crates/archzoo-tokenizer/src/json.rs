@@ -19,7 +19,9 @@ use crate::normalize::Normalizer;
 use crate::split::regex::{Behavior, Step};
 use crate::split::{DEEPSEEK, Family, GPT2, Splitter};
 use crate::tokenizer::Parts;
+use crate::unigram::Unigram;
 use crate::vocab::{MOST_IDS, Vocab};
+use crate::wordpiece::WordPiece;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -473,7 +475,11 @@ fn model(file: ModelFile, byte_level: bool) -> Result<Model> {
     }
     match (f.kind.as_str(), file.vocab) {
         ("BPE", VocabFile::Ids(tokens)) => bpe(f, tokens, &file.merges, byte_level),
-        ("BPE", VocabFile::Scores(_)) => Err(Error::new("the vocabulary of a BPE has no ids")),
+        ("WordPiece", VocabFile::Ids(tokens)) => wordpiece(f, &tokens),
+        ("Unigram", VocabFile::Scores(tokens)) => unigram(f, &tokens),
+        ("BPE" | "WordPiece" | "Unigram", _) => {
+            Err(Error::new(format!("the vocabulary is not in the form of the model {}", f.kind)))
+        }
         _ => f.unsupported("model"),
     }
 }
@@ -553,13 +559,7 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
         }
         Symbols::Bytes(ids)
     } else {
-        let fallback = byte_fallback.then(|| {
-            let mut ids = Box::new([MISSING; 256]);
-            for byte in 0..=255u8 {
-                ids[usize::from(byte)] = vocab.get(format!("<0x{byte:02X}>").as_bytes()).unwrap_or(MISSING);
-            }
-            ids
-        });
+        let fallback = byte_fallback.then(|| byte_tokens(&vocab));
         Symbols::Chars { fallback }
     };
     let unknown = match unknown {
@@ -570,6 +570,41 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
         }
     };
     Ok(Model::Bpe(Bpe { vocab, merges, symbols, ignore_merges, unknown, fuse_unknown }))
+}
+
+fn wordpiece(mut f: Fields, tokens: &[(Cow<str>, u32)]) -> Result<Model> {
+    let as_bytes: Vec<(&[u8], u32)> = tokens.iter().map(|(token, id)| (token.as_bytes(), *id)).collect();
+    let vocab = Vocab::new(&as_bytes, |_| true)?;
+    let unknown = f.text("unk_token")?;
+    let lacks = || Error::new(format!("the vocabulary lacks the unk_token {unknown:?}"));
+    let unknown = vocab.get(unknown.as_bytes()).ok_or_else(lacks)?;
+    let prefix = f.text("continuing_subword_prefix")?;
+    let longest = f.number("max_input_chars_per_word")?;
+    f.end(Model::WordPiece(WordPiece { vocab, prefix, unknown, longest }))
+}
+
+fn unigram(mut f: Fields, tokens: &[(Cow<str>, f64)]) -> Result<Model> {
+    let as_bytes: Vec<(&[u8], u32)> = tokens.iter().zip(0..).map(|((t, _), id)| (t.as_bytes(), id)).collect();
+    let vocab = Vocab::new(&as_bytes, |_| true)?;
+    let scores = tokens.iter().map(|&(_, score)| score).collect();
+    let unknown = match f.take("unk_id") {
+        Value::Null => None,
+        value => match value.as_u64() {
+            Some(id) if (id as usize) < tokens.len() => Some(id as u32),
+            _ => return Err(f.wrong("unk_id", &value)),
+        },
+    };
+    let fallback = f.flag("byte_fallback", false)?.then(|| byte_tokens(&vocab));
+    f.end(Model::Unigram(Unigram { vocab, scores, unknown, fallback }))
+}
+
+/// Ids of `<0x00>` to `<0xFF>`.
+fn byte_tokens(vocab: &Vocab) -> Box<[u32; 256]> {
+    let mut ids = Box::new([MISSING; 256]);
+    for byte in 0..=255u8 {
+        ids[usize::from(byte)] = vocab.get(format!("<0x{byte:02X}>").as_bytes()).unwrap_or(MISSING);
+    }
+    ids
 }
 
 /// Ids before and after a text.

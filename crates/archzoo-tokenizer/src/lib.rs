@@ -15,7 +15,9 @@ mod normalize;
 mod split;
 mod tiktoken;
 mod tokenizer;
+mod unigram;
 mod vocab;
+mod wordpiece;
 
 pub use added::{AddedToken, AllowedSpecial};
 pub use decode::DecodeStream;

@@ -2,13 +2,19 @@ use crate::bpe::Bpe;
 use crate::cache::{self, Cache, INLINE, Key};
 use crate::error::Result;
 use crate::split::{BATCH, Piece, Sink};
+use crate::unigram::Unigram;
 use crate::vocab::Vocab;
+use crate::wordpiece::WordPiece;
 
 /// What turns a piece into ids.
 #[derive(Debug, Clone)]
 pub enum Model {
     /// Byte-pair encoding.
     Bpe(Bpe),
+    /// WordPiece, of BERT.
+    WordPiece(WordPiece),
+    /// Unigram, of T5.
+    Unigram(Unigram),
 }
 
 impl Model {
@@ -16,12 +22,16 @@ impl Model {
     pub fn vocab(&self) -> &Vocab {
         match self {
             Self::Bpe(bpe) => &bpe.vocab,
+            Self::WordPiece(wordpiece) => &wordpiece.vocab,
+            Self::Unigram(unigram) => &unigram.vocab,
         }
     }
 
     fn encode(&self, piece: &[u8], symbols: &mut Vec<u32>, out: &mut Vec<u32>) {
         match self {
             Self::Bpe(bpe) => bpe.encode(piece, symbols, out),
+            Self::WordPiece(wordpiece) => wordpiece.encode(piece, out),
+            Self::Unigram(unigram) => unigram.encode(piece, out),
         }
     }
 }

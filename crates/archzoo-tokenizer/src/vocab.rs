@@ -74,6 +74,11 @@ impl Vocab {
         self.ends.len()
     }
 
+    /// Bytes of the longest token that `get` knows.
+    pub fn longest(&self) -> usize {
+        self.longest
+    }
+
     /// Bytes of a token; none for an id that is not there.
     pub fn bytes(&self, id: u32) -> Option<&[u8]> {
         ((id as usize) < self.ends.len()).then(|| bytes_of(&self.bytes, &self.ends, id))

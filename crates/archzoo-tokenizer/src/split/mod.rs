@@ -60,18 +60,6 @@ pub enum Family {
 }
 
 impl Family {
-    /// All of them.
-    pub const ALL: [Family; 8] = [
-        Self::Gpt2,
-        Self::Gpt2Digit,
-        Self::Llama3,
-        Self::Qwen,
-        Self::Cl100k,
-        Self::O200k,
-        Self::Tekken,
-        Self::DeepSeek,
-    ];
-
     /// The family that one `Split` by this regex is, each match a piece.
     pub fn of_regex(pattern: &str) -> Option<Self> {
         match pattern {
@@ -82,21 +70,6 @@ impl Family {
             O200K => Some(Self::O200k),
             TEKKEN => Some(Self::Tekken),
             _ => None,
-        }
-    }
-
-    /// The same as regexes.
-    pub fn steps(self) -> Result<Vec<Step>> {
-        let isolate = |pattern: &str| Step::regex(pattern, Behavior::Isolated, false);
-        match self {
-            Self::Gpt2 => Ok(vec![isolate(GPT2)?]),
-            Self::Gpt2Digit => Ok(vec![Step::Digits { individual: true }, isolate(GPT2)?]),
-            Self::Llama3 => Ok(vec![isolate(LLAMA3)?]),
-            Self::Qwen => Ok(vec![isolate(QWEN)?]),
-            Self::Cl100k => Ok(vec![isolate(CL100K)?]),
-            Self::O200k => Ok(vec![isolate(O200K)?]),
-            Self::Tekken => Ok(vec![isolate(TEKKEN)?]),
-            Self::DeepSeek => DEEPSEEK.iter().map(|p| isolate(p)).collect(),
         }
     }
 }
@@ -167,6 +140,35 @@ fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()>
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    impl Family {
+        /// All of them.
+        pub const ALL: [Family; 8] = [
+            Self::Gpt2,
+            Self::Gpt2Digit,
+            Self::Llama3,
+            Self::Qwen,
+            Self::Cl100k,
+            Self::O200k,
+            Self::Tekken,
+            Self::DeepSeek,
+        ];
+
+        /// The same as regexes.
+        pub fn steps(self) -> Result<Vec<Step>> {
+            let isolate = |pattern: &str| Step::regex(pattern, Behavior::Isolated, false);
+            match self {
+                Self::Gpt2 => Ok(vec![isolate(GPT2)?]),
+                Self::Gpt2Digit => Ok(vec![Step::Digits { individual: true }, isolate(GPT2)?]),
+                Self::Llama3 => Ok(vec![isolate(LLAMA3)?]),
+                Self::Qwen => Ok(vec![isolate(QWEN)?]),
+                Self::Cl100k => Ok(vec![isolate(CL100K)?]),
+                Self::O200k => Ok(vec![isolate(O200K)?]),
+                Self::Tekken => Ok(vec![isolate(TEKKEN)?]),
+                Self::DeepSeek => DEEPSEEK.iter().map(|p| isolate(p)).collect(),
+            }
+        }
+    }
 
     struct Ends(Vec<usize>);
 
