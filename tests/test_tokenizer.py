@@ -121,7 +121,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ],
     }
     out["digits form"] = write(folder / "digits.json", gpt2)
-    gpt2["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+    gpt2["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     out["gpt-2 form"] = write(folder / "gpt2.json", gpt2)
     gpt2["pre_tokenizer"] = {
         "type": "Sequence",
@@ -133,7 +133,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 "invert": True,
             },
             {"type": "Punctuation", "behavior": "Contiguous"},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         ],
     }
     out["unknown regex"] = write(folder / "regex.json", gpt2)

@@ -24,6 +24,7 @@ __all__ = [
     "has_bfloat16",
     "instruction_set",
     "linear",
+    "render_chat",
     "rms_norm",
     "ssd_decay",
     "ssd_step",
@@ -117,6 +118,9 @@ class Utf8Stream:
         """The text that more bytes complete."""
     def finish(self) -> str:
         """What is left at the end."""
+
+def render_chat(template: str, variables: str) -> str:
+    """Fills in a chat template with the variables of a JSON object."""
 
 def gate(
     logits: npt.NDArray[np.float32] | npt.NDArray[np.uint16],

@@ -149,6 +149,34 @@ class Tokenizer:
         if rest := stream.finish():
             yield rest
 
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Text of a conversation in the model's own form, to be encoded without adding special tokens.
+
+        Args:
+            messages: Dictionaries with "role", "content" and what else the template knows.
+            add_generation_prompt: End with the start of an answer.
+            variables: More of what the template knows, such as `tools`.
+        """
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str):
+            raise InputError("this tokenizer has no chat template; from_pretrained reads one from a folder")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        tokens = {name: _content(self._config[name]) for name in names if self._config.get(name)}
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            return _rust.render_chat(template, json.dumps(tokens | given | variables))
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """A token as tokenizer_config.json writes it: text, or an object with flags."""
+    return token if isinstance(token, str) else str(token["content"])
+
 
 def _allowed(allowed: AllowedSpecial) -> set[str] | None:
     if isinstance(allowed, str):

@@ -21,7 +21,7 @@ mod _rust {
     #[pymodule_export]
     use super::gate::gate;
     #[pymodule_export]
-    use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream};
+    use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat};
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

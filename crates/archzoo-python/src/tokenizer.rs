@@ -165,3 +165,9 @@ impl Utf8Stream {
         self.0.finish()
     }
 }
+
+/// Fills in a chat template with the variables of a JSON object.
+#[pyfunction]
+pub fn render_chat(py: Python, template: &str, variables: &str) -> PyResult<String> {
+    py.detach(|| archzoo_tokenizer::render_chat(template, variables)).map_err(to_python)
+}

@@ -1,4 +1,4 @@
-use crate::merges::Merges;
+use crate::merges::{List, Merges};
 use crate::vocab::Vocab;
 
 /// A symbol that the vocabulary lacks.
@@ -14,6 +14,13 @@ pub enum Symbols {
         /// Ids of the byte tokens, if a character without a token becomes its bytes.
         fallback: Option<Box<[u32; 256]>>,
     },
+}
+
+/// What encoding a piece needs and the next one may have.
+#[derive(Default)]
+pub struct Work {
+    symbols: Vec<u32>,
+    list: List,
 }
 
 /// Byte-pair encoding.
@@ -35,13 +42,14 @@ pub struct Bpe {
 
 impl Bpe {
     /// Appends the ids of a piece to `out`.
-    pub fn encode(&self, piece: &[u8], symbols: &mut Vec<u32>, out: &mut Vec<u32>) {
+    pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         if self.ignore_merges
             && let Some(id) = self.vocab.get(piece)
         {
             out.push(id);
             return;
         }
+        let Work { symbols, list } = work;
         symbols.clear();
         match &self.symbols {
             Symbols::Bytes(ids) => {
@@ -52,7 +60,7 @@ impl Bpe {
             }
             Symbols::Chars { fallback } => self.chars(piece, fallback.as_deref(), symbols),
         }
-        self.merges.merge(symbols, out);
+        self.merges.merge(symbols, list, out);
     }
 
     #[cold]

@@ -4,6 +4,7 @@ mod added;
 mod bpe;
 mod byte_level;
 mod cache;
+mod chat;
 mod classes;
 mod decode;
 mod error;
@@ -20,6 +21,7 @@ mod vocab;
 mod wordpiece;
 
 pub use added::{AddedToken, AllowedSpecial};
+pub use chat::render as render_chat;
 pub use decode::DecodeStream;
 pub use error::{Error, Result};
 pub use tiktoken::NAMES as PATTERN_NAMES;

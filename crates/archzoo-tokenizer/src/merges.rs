@@ -13,10 +13,13 @@ use crate::vocab::MOST_IDS;
 /// No rank: the pair does not merge.
 const NONE: u32 = u32::MAX;
 const ID_BITS: u32 = 21;
-const RANK_BITS: u32 = 22;
+const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
-/// Symbols of one window.
-const WINDOW: usize = 128;
+/// Symbols of a long piece's first window.
+const WINDOW: usize = 64;
+const POSITION_BITS: u32 = 11;
+/// Symbols that are merged without a heap, at most.
+const MOST_LINEAR: usize = 1 << POSITION_BITS;
 
 /// Merges by pair.
 #[derive(Debug, Clone)]
@@ -71,33 +74,32 @@ impl Merges {
     }
 
     /// Appends to `out` what `symbols` merge to.
-    pub fn merge(&self, symbols: &[u32], out: &mut Vec<u32>) {
-        let set = InstructionSet::current();
+    pub fn merge(&self, symbols: &[u32], list: &mut List, out: &mut Vec<u32>) {
         if symbols.len() <= WINDOW {
-            let mut window = Window::new(symbols);
-            merge_window(set, self, &mut window);
-            out.extend_from_slice(&window.ids[..window.len]);
+            merge_linear(InstructionSet::current(), self, symbols, list);
+            list.each(|id, _| out.push(id));
         } else {
-            self.merge_long(symbols, out);
+            self.merge_long(symbols, list, out);
         }
     }
 
     /// Windows of a long piece, joined where they agree.
-    fn merge_long(&self, symbols: &[u32], out: &mut Vec<u32>) {
+    fn merge_long(&self, symbols: &[u32], list: &mut List, out: &mut Vec<u32>) {
         let (mut joined, mut next) = (Tokens::default(), Tokens::default());
-        self.merge_from(symbols, 0, WINDOW, &mut joined);
         let mut size = WINDOW;
+        self.merge_from(symbols, 0, size, list, &mut joined);
         while joined.end < symbols.len() {
-            // The next window starts on a border of the last one, a quarter of a window before its end.
-            let reach = joined.end.saturating_sub(size / 4);
+            // The next window starts on a border of the last one, some symbols and some tokens before its end.
+            let reach = joined.end.saturating_sub(size / 8);
             let first = joined.starts.partition_point(|&start| start as usize <= reach) - 1;
+            let first = first.min(joined.starts.len().saturating_sub(3));
             let start = joined.starts[first] as usize;
-            self.merge_from(symbols, start, size, &mut next);
+            self.merge_from(symbols, start, size, list, &mut next);
             if next.end > joined.end && (start == 0 || joined.join(first, &next)) {
                 if start == 0 {
                     std::mem::swap(&mut joined, &mut next);
                 }
-                size = WINDOW.max(size / 2);
+                size = size.min(MOST_LINEAR);
             } else {
                 size *= 2;
             }
@@ -106,18 +108,20 @@ impl Merges {
     }
 
     /// Merges the window of `size` symbols from `start`.
-    fn merge_from(&self, symbols: &[u32], start: usize, size: usize, tokens: &mut Tokens) {
+    fn merge_from(&self, symbols: &[u32], start: usize, size: usize, list: &mut List, tokens: &mut Tokens) {
         let end = symbols.len().min(start + size);
         tokens.ids.clear();
         tokens.starts.clear();
         tokens.end = end;
-        if end - start <= WINDOW {
-            let mut window = Window::new(&symbols[start..end]);
-            merge_window(InstructionSet::current(), self, &mut window);
-            tokens.ids.extend_from_slice(&window.ids[..window.len]);
-            tokens.starts.extend(window.starts[..window.len].iter().map(|s| s + start as u32));
+        let symbols = &symbols[start..end];
+        if symbols.len() <= MOST_LINEAR {
+            merge_linear(InstructionSet::current(), self, symbols, list);
+            list.each(|id, at| {
+                tokens.ids.push(id);
+                tokens.starts.push((start + at) as u32);
+            });
         } else {
-            self.merge_heap(&symbols[start..end], start as u32, tokens);
+            self.merge_heap(symbols, start as u32, tokens);
         }
     }
 
@@ -209,82 +213,118 @@ impl Tokens {
     }
 }
 
-/// A short run of symbols, merged in place.
-struct Window {
-    ids: [u32; WINDOW],
-    starts: [u32; WINDOW],
-    /// Rank of each symbol with the next; none from the last on.
-    ranks: [u32; WINDOW],
+/// A linked list of at most [`MOST_LINEAR`] symbols that stay in place; kept from piece to piece.
+pub struct List {
+    ids: [u32; MOST_LINEAR],
+    /// Rank of each symbol with the next one, and below it its position: the least key is the leftmost pair of
+    /// the lowest rank.
+    keys: [u32; MOST_LINEAR],
+    before: [u16; MOST_LINEAR],
+    after: [u16; MOST_LINEAR],
     len: usize,
 }
 
-/// Ranks compared side by side.
-const LANES: usize = 16;
+impl Default for List {
+    fn default() -> Self {
+        Self {
+            ids: [0; MOST_LINEAR],
+            keys: [NONE; MOST_LINEAR],
+            before: [0; MOST_LINEAR],
+            after: [0; MOST_LINEAR],
+            len: 0,
+        }
+    }
+}
 
-impl Window {
+/// Keys compared side by side.
+const LANES: usize = 16;
+/// Keeps an index inside the arrays without a check.
+const MASK: usize = MOST_LINEAR - 1;
+
+impl List {
     #[inline(always)]
-    fn new(symbols: &[u32]) -> Self {
-        let mut ids = [0; WINDOW];
-        ids[..symbols.len()].copy_from_slice(symbols);
-        Self { ids, starts: std::array::from_fn(|i| i as u32), ranks: [NONE; WINDOW], len: symbols.len() }
+    fn fill(&mut self, merges: &Merges, symbols: &[u32]) {
+        self.len = symbols.len().min(MOST_LINEAR);
+        self.keys[..self.len.next_multiple_of(LANES)].fill(NONE);
+        let mut last = 0;
+        for (i, &id) in symbols.iter().enumerate().take(MOST_LINEAR) {
+            self.ids[i] = id;
+            self.before[i] = (i as u16).wrapping_sub(1);
+            self.after[i] = i as u16 + 1;
+            if i > 0 {
+                self.keys[i - 1] = key(merges.rank(last, id), i - 1);
+            }
+            last = id;
+        }
     }
 
     #[inline(always)]
-    fn lowest(&self) -> u32 {
-        let mut lowest = [NONE; LANES];
-        for block in self.ranks[..self.len.next_multiple_of(LANES)].as_chunks::<LANES>().0 {
-            for (low, &rank) in lowest.iter_mut().zip(block) {
-                *low = (*low).min(rank);
+    fn least(&self) -> u32 {
+        let mut lanes = [NONE; LANES];
+        for block in self.keys[..self.len.next_multiple_of(LANES)].as_chunks::<LANES>().0 {
+            for (lane, &key) in lanes.iter_mut().zip(block) {
+                *lane = (*lane).min(key);
             }
         }
-        lowest.into_iter().fold(NONE, u32::min)
+        lanes.into_iter().fold(NONE, u32::min)
     }
 
+    /// Makes the pair of this key one symbol. Returns the key of the pair right after if that is now the least.
     #[inline(always)]
-    fn position(&self, from: usize, rank: u32) -> Option<usize> {
-        self.ranks[from..self.len].iter().position(|&r| r == rank).map(|i| from + i)
+    fn merge(&mut self, merges: &Merges, least: u32) -> Option<u32> {
+        let at = least as usize & MASK;
+        let next = usize::from(self.after[at]) & MASK;
+        let following = usize::from(self.after[next]);
+        let id = merges.products[(least >> POSITION_BITS) as usize];
+        self.ids[at] = id;
+        self.keys[next] = NONE;
+        self.after[at] = following as u16;
+        let (mut right, mut left, mut after) = (NONE, NONE, NONE);
+        if following < self.len {
+            self.before[following & MASK] = at as u16;
+            right = key(merges.rank(id, self.ids[following & MASK]), at);
+            after = self.keys[following & MASK];
+        }
+        self.keys[at] = right;
+        if at > 0 {
+            let previous = usize::from(self.before[at]) & MASK;
+            left = key(merges.rank(self.ids[previous], id), previous);
+            self.keys[previous] = left;
+        }
+        let is_same = after >> POSITION_BITS == least >> POSITION_BITS;
+        (is_same && after < right.min(left)).then_some(after)
     }
 
-    /// Makes symbols `i` and `i + 1` one.
+    /// Hands each symbol that is left, and where it starts, to `take`.
     #[inline(always)]
-    fn merge(&mut self, i: usize, product: u32) {
-        self.ids[i] = product;
-        self.ids.copy_within(i + 2..self.len, i + 1);
-        self.starts.copy_within(i + 2..self.len, i + 1);
-        self.ranks.copy_within(i + 2..self.len, i + 1);
-        self.len -= 1;
-        self.ranks[self.len] = NONE;
+    fn each(&self, mut take: impl FnMut(u32, usize)) {
+        let mut at = 0;
+        while at < self.len {
+            take(self.ids[at], at);
+            at = usize::from(self.after[at]);
+        }
     }
 }
 
 multiversion! {
-    fn merge_window(merges: &Merges, window: &mut Window) {
-        for i in 1..window.len {
-            window.ranks[i - 1] = merges.rank(window.ids[i - 1], window.ids[i]);
-        }
+    fn merge_linear(merges: &Merges, symbols: &[u32], list: &mut List) {
+        list.fill(merges, symbols);
         loop {
-            let rank = window.lowest();
-            if rank == NONE {
+            let mut least = list.least();
+            if least == NONE {
                 break;
             }
-            let product = merges.products[rank as usize];
-            // All pairs of this rank, unless a merge makes a pair that comes before the next one.
-            let mut from = 0;
-            while let Some(i) = window.position(from, rank) {
-                window.merge(i, product);
-                let right = if i + 1 < window.len { merges.rank(product, window.ids[i + 1]) } else { NONE };
-                window.ranks[i] = right;
-                let left = if i > 0 { merges.rank(window.ids[i - 1], product) } else { NONE };
-                if i > 0 {
-                    window.ranks[i - 1] = left;
-                }
-                if left.min(right) <= rank {
-                    break;
-                }
-                from = i + 1;
+            // In a run of one symbol the next pair is often the next to merge, and need not be searched for.
+            while let Some(next) = list.merge(merges, least) {
+                least = next;
             }
         }
     }
+}
+
+#[inline(always)]
+fn key(rank: u32, position: usize) -> u32 {
+    if rank == NONE { NONE } else { rank << POSITION_BITS | position as u32 }
 }
 
 #[inline(always)]
@@ -346,7 +386,7 @@ mod tests {
                 .collect();
             let expected = naive(&merges, &symbols);
             let mut out = Vec::new();
-            merges.merge(&symbols, &mut out);
+            merges.merge(&symbols, &mut List::default(), &mut out);
             prop_assert_eq!(&out, &expected);
             let mut tokens = Tokens::default();
             merges.merge_heap(&symbols, 0, &mut tokens);

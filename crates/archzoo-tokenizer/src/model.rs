@@ -1,4 +1,4 @@
-use crate::bpe::Bpe;
+use crate::bpe::{Bpe, Work};
 use crate::cache::{self, Cache, INLINE, Key};
 use crate::error::Result;
 use crate::split::{BATCH, Piece, Sink};
@@ -27,9 +27,9 @@ impl Model {
         }
     }
 
-    fn encode(&self, piece: &[u8], symbols: &mut Vec<u32>, out: &mut Vec<u32>) {
+    fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         match self {
-            Self::Bpe(bpe) => bpe.encode(piece, symbols, out),
+            Self::Bpe(bpe) => bpe.encode(piece, work, out),
             Self::WordPiece(wordpiece) => wordpiece.encode(piece, out),
             Self::Unigram(unigram) => unigram.encode(piece, out),
         }
@@ -47,7 +47,7 @@ const MOST_LONG: usize = 1 << 17;
 pub struct Scratch {
     short: Cache<SHORT>,
     long: Cache<LONG>,
-    symbols: Vec<u32>,
+    work: Box<Work>,
     keys: Box<[(Key<SHORT>, u64); BATCH]>,
 }
 
@@ -56,7 +56,7 @@ impl Default for Scratch {
         Self {
             short: Cache::new(MOST_SHORT),
             long: Cache::new(MOST_LONG),
-            symbols: Vec::new(),
+            work: Box::default(),
             keys: Box::new([([0; SHORT], 0); BATCH]),
         }
     }
@@ -85,7 +85,7 @@ impl Encoder<'_> {
 impl Sink for Encoder<'_> {
     #[inline]
     fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
-        let Scratch { short, long, symbols, keys } = &mut *self.scratch;
+        let Scratch { short, long, work, keys } = &mut *self.scratch;
         for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter_mut()) {
             if end - start <= cache::longest(SHORT) {
                 *key = cache::key(text, start, end - start);
@@ -101,7 +101,7 @@ impl Sink for Encoder<'_> {
                     Some((ids, count)) => push(self.out, &ids, count),
                     None => {
                         let before = self.out.len();
-                        self.model.encode(&text[start..end], symbols, self.out);
+                        self.model.encode(&text[start..end], work, self.out);
                         short.insert(key, *hash, &self.out[before..]);
                     }
                 }
@@ -112,12 +112,12 @@ impl Sink for Encoder<'_> {
                     Some((ids, count)) => push(self.out, &ids, count),
                     None => {
                         let before = self.out.len();
-                        self.model.encode(&text[start..end], symbols, self.out);
+                        self.model.encode(&text[start..end], work, self.out);
                         long.insert(&key, hash, &self.out[before..]);
                     }
                 }
             } else {
-                self.model.encode(&text[start..end], symbols, self.out);
+                self.model.encode(&text[start..end], work, self.out);
             }
         }
         if let Some(counted) = &mut self.counted {

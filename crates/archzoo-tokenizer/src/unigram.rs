@@ -46,7 +46,7 @@ impl Unigram {
             }
             start += length;
         }
-        let mut tokens = Vec::new();
+        let mut tokens: Vec<(Option<u32>, (usize, usize))> = Vec::new();
         let mut end = piece.len();
         while end > 0 {
             let Some(token) = best[end] else { break };
