@@ -1,8 +1,9 @@
 """Tokenizers on the same text in the same run: speed and ids.
 
-`python tokenizer.py [FILE ...]` uses the text files given (one kind of text each, named by the file) beside what
-the interpreter ships. Compared are those of tokenizers, tiktoken, gigatoken and fastokens that are installed; one
-whose ids differ is dropped, with the first difference. Vocabularies: SmolLM2 and those of installed packages.
+`python tokenizer.py [FILE ...]` uses the text files given (one kind of text each, named by the folder) beside
+what the interpreter ships. Compared are those of tokenizers, tiktoken, gigatoken and fastokens that are
+installed; one whose ids differ is dropped, with the first difference. Vocabularies: SmolLM2 and those of
+installed packages.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -209,7 +209,9 @@ def run(vocabulary: Vocabulary, texts: dict[str, list[str]], threads: int, round
                 if ids is not None:
                     expected = expected or ids
                     if ids != expected:
-                        at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), 0)
+                        at = next(
+                            (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), 0
+                        )
                         print(f"  {name} on {vocabulary.name}, {kind}: other ids from {at} on")
                         continue
                 pair = times.setdefault(name, ([], []))
@@ -220,9 +222,7 @@ def run(vocabulary: Vocabulary, texts: dict[str, list[str]], threads: int, round
                 vocabulary.name, kind, threads, name, statistics.median(fresh), statistics.median(again)
             )
             cells.append(cell)
-        shown = "  ".join(
-            f"{c.tokenizer} {c.fresh:.1f}/{c.repeated:.1f}" for c in cells if c.text == kind
-        )
+        shown = "  ".join(f"{c.tokenizer} {c.fresh:.1f}/{c.repeated:.1f}" for c in cells if c.text == kind)
         print(f"{vocabulary.name:9} {threads} thread(s)  {kind:18} {size:5.1f} MB  {shown}", flush=True)
     return cells
 
@@ -261,12 +261,17 @@ def main() -> None:
     if not args.threads:
         # Thread pools are sized once a process.
         for threads in sorted({1, min(2, os.cpu_count() or 1)}):
-            os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
+            os.environ |= {
+                "RAYON_NUM_THREADS": str(threads),
+                "TOKENIZERS_PARALLELISM": str(threads > 1).lower(),
+            }
             inner = [sys.executable, __file__, *sys.argv[1:], "--threads", str(threads)]
             os.spawnv(os.P_WAIT, sys.executable, inner)
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    print(f"instruction set {_rust.instruction_set()}, MB/s fresh/repeated, CPU time for one thread else wall time")
+    print(
+        f"instruction set {_rust.instruction_set()}, MB/s fresh/repeated; CPU time for one thread, else wall"
+    )
     texts = texts_of(args.files)
     wanted = set(args.vocabularies.split(",")) - {""}
     cells = []

@@ -1,4 +1,4 @@
-"""The Rust tokenizer beside `tokenizers` and `tiktoken`: the same ids on real vocabularies and hostile text."""
+"""The Rust tokenizer beside `tokenizers` and `tiktoken`: equal ids on real vocabularies and hostile text."""
 
 from __future__ import annotations
 
@@ -25,12 +25,31 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 FEW = (
-    "aAbzsStTmdrRevElLſK019½٣一龥あアㄱ日éÉßǅʰ\u0301\ufe0f\u200d👍🏽🇩.,'’\"/-_<|>$€©! \t\r\n\u00a0\u2028\u3000"
-    "\0\x04\x7f\x85\xad\ue000\u0378\U0010ffff"
+    "aAbzsStTmdrRevElL\u017fK019½٣一龥あア・゛ㄱ日éÉßǅʰ\u0301\ufe0f\u200d👍🏽🇩.,'\u2019\"/-_<|>$€©! \t\r\n"
+    "\u00a0\u2028\u3000\0\x04\x7f\x85\xad\ue000\u0378\U0010ffff"
 )
 WORDS = [
-    *["don't", "I'LL", "the", " of", "ing", "été", "naïve", "Москва", "中文字", "日本語", "한국어", "العربية"],
+    *[
+        "don't",
+        "I'LL",
+        "the",
+        " of",
+        "ing",
+        "été",
+        "naïve",
+        "Москва",
+        "中文字",
+        "日本語",
+        "한국어",
+        "العربية",
+    ],
     *["<|endoftext|>", "<|im_start|>", "<|im_end|>", "x<|im_end|>y", "cafe", "cafes", "<s>", "▁", "[MASK]"],
 ]
 
@@ -112,6 +131,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         added(size + 3, "cafe", normalized=True, single_word=True),
     ]
     out["qwen form"] = write(folder / "qwen.json", llama)
+    isolate = {"type": "Split", "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    splits = [{**isolate, "pattern": {"Regex": regex}} for regex in DEEPSEEK]
+    deepseek = trained(LLAMA3)
+    deepseek["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, byte_level]}
+    out["deepseek form"] = write(folder / "deepseek.json", deepseek)
     gpt2 = trained(GPT2)
     gpt2["pre_tokenizer"] = {
         "type": "Sequence",
@@ -121,7 +146,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ],
     }
     out["digits form"] = write(folder / "digits.json", gpt2)
-    gpt2["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    gpt2["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     out["gpt-2 form"] = write(folder / "gpt2.json", gpt2)
     gpt2["pre_tokenizer"] = {
         "type": "Sequence",
@@ -172,7 +202,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 NAMES = [
-    *["llama-3 form", "qwen form", "digits form", "gpt-2 form", "unknown regex", "mistral form", "llama-2 form"],
+    "deepseek form",
+    *[
+        "llama-3 form",
+        "qwen form",
+        "digits form",
+        "gpt-2 form",
+        "unknown regex",
+        "mistral form",
+        "llama-2 form",
+    ],
     *["deepseek", "minilm", "smollm2"],
 ]
 
@@ -267,7 +306,7 @@ def test_batches(files: dict[str, Path]) -> None:
 
 
 def test_rank_files(tmp_path: Path, files: dict[str, Path]) -> None:
-    """A rank file made from the trained merges gives the ids of the same ranks in JSON with whole-piece lookup."""
+    """A rank file made from the trained tokens gives tiktoken's ids."""
     import base64
 
     content = json.loads(files["llama-3 form"].read_text(encoding="utf-8"))

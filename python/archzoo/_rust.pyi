@@ -78,7 +78,7 @@ class FolderWriter:
     def __exit__(self, *_exception: object) -> None: ...
 
 class TokenizerError(Exception):
-    """A tokenizer that cannot be read, or input that it cannot take: names the file and what is not supported."""
+    """A tokenizer that cannot be read, or input that it cannot take: names file and feature."""
 
 @final
 class Tokenizer:

@@ -42,8 +42,8 @@ class Tokenizer:
 
         Args:
             path: The file.
-            pattern: For a rank file: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the special
-                tokens, or a regular expression.
+            pattern: For a rank file: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the
+                special tokens, or a regular expression.
 
         Raises:
             TokenizerError: The file is damaged, or asks for something that is not supported.
@@ -108,9 +108,7 @@ class Tokenizer:
         """Ids of many texts on all threads; see `encode`."""
         texts = texts if isinstance(texts, list) else list(texts)
         try:
-            return Ragged(
-                *self._native.encode_batch(texts, add_special_tokens, _allowed(allowed_special))
-            )
+            return Ragged(*self._native.encode_batch(texts, add_special_tokens, _allowed(allowed_special)))
         except _rust.TokenizerError as error:
             raise InputError(str(error)) from None
 
@@ -130,9 +128,7 @@ class Tokenizer:
         except _rust.TokenizerError as error:
             raise InputError(str(error)) from None
 
-    def decode_bytes(
-        self, ids: Sequence[int] | npt.ArrayLike, skip_special_tokens: bool = False
-    ) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | npt.ArrayLike, skip_special_tokens: bool = False) -> bytes:
         """Bytes of ids [N]."""
         try:
             return self._native.decode_bytes(_ids(ids), skip_special_tokens)

@@ -18,8 +18,12 @@ pub const LOWER: u8 = 32;
 pub const MARK: u8 = 64;
 /// `\p{P}` or `\p{S}`
 pub const SYMBOL: u8 = 128;
-/// In DeepSeek's table: a character of `[一-龥぀-ゟ゠-ヿ]`, which bounds its neighbours as a number does.
-pub const CJK: u8 = NUMBER | NEWLINE;
+/// In DeepSeek's table, which knows no case: a letter or mark of `[一-龥぀-ゟ゠-ヿ]`.
+pub const CJK_WORD: u8 = UPPER;
+/// In DeepSeek's table: punctuation or a symbol of that range.
+pub const CJK_SYMBOL: u8 = LOWER;
+/// In DeepSeek's table: any other code point of that range.
+pub const CJK_OTHER: u8 = UPPER | LOWER;
 
 /// The classes of every code point, as bits.
 pub type Table = [u8];
@@ -47,13 +51,21 @@ pub fn unicode() -> &'static Table {
     })
 }
 
-/// [`unicode`] with the characters of DeepSeek's second split as [`CJK`].
+/// [`unicode`] without case, and with the characters of DeepSeek's second split told apart: there is a border
+/// between them and all others.
 pub fn deepseek() -> &'static Table {
     static TABLE: OnceLock<Box<Table>> = OnceLock::new();
     TABLE.get_or_init(|| {
         let mut table: Box<Table> = unicode().into();
+        table.iter_mut().for_each(|class| *class &= !(UPPER | LOWER));
         for (first, last) in [(0x4e00, 0x9fa5), (0x3040, 0x309f), (0x30a0, 0x30ff)] {
-            table[first..=last].fill(CJK);
+            for class in &mut table[first..=last] {
+                *class = match *class {
+                    c if c & (LETTER | MARK) != 0 => CJK_WORD,
+                    c if c & SYMBOL != 0 => CJK_SYMBOL,
+                    _ => CJK_OTHER,
+                };
+            }
         }
         table
     })
@@ -143,6 +155,8 @@ mod tests {
         assert_eq!(class('\u{301}'), MARK);
         assert_eq!(class('€'), SYMBOL);
         assert_eq!(class('\0'), 0);
-        assert_eq!(deepseek()['中' as usize], CJK);
+        assert_eq!(deepseek()['中' as usize], CJK_WORD);
+        assert_eq!(deepseek()['・' as usize], CJK_SYMBOL);
+        assert_eq!(deepseek()['A' as usize], LETTER);
     }
 }

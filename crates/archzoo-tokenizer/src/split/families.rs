@@ -1,7 +1,10 @@
 //! The pre-tokenizers of the model families, by hand. Each returns where the piece that starts at `at` ends;
 //! tests prove them equal to the regexes.
 
-use crate::classes::{CJK, LETTER, LOWER, MARK, NEWLINE, NUMBER, SPACE, SYMBOL, Table, UPPER, decode};
+use crate::classes::{
+    CJK_OTHER, CJK_SYMBOL, CJK_WORD, LETTER, LOWER, MARK, NEWLINE, NUMBER, SPACE, SYMBOL, Table, UPPER,
+    decode,
+};
 use crate::split::scan::{class_run, letters};
 
 /// Class and length of the character at `at`; 0 and 0 at the end.
@@ -230,43 +233,38 @@ pub fn deepseek(table: &Table, text: &[u8], at: usize) -> usize {
     if class & WORD != 0 {
         return letters(table, text, at, WORD);
     }
-    if class == CJK {
-        return class_run(table, text, at, |c| c == CJK);
+    if class == CJK_WORD || class == CJK_SYMBOL {
+        return class_run(table, text, at, |c| c == class);
+    }
+    if class & NUMBER != 0 {
+        return numbers(table, text, at, 3);
     }
     let start = at + length;
-    if class & NUMBER != 0 {
-        let mut end = start;
-        for _ in 1..3 {
-            let (class, length) = class_at(table, text, end);
-            if class & NUMBER == 0 || class == CJK {
-                break;
-            }
-            end += length;
-        }
-        return end;
-    }
     let (next, _) = class_at(table, text, start);
     if class & SYMBOL != 0 && length == 1 && text.get(start).is_some_and(u8::is_ascii_alphabetic) {
         return ascii_letters(text, start);
     }
-    if next & WORD != 0 && class & (NEWLINE | SYMBOL) == 0 {
+    if next & WORD != 0 && class & (NEWLINE | SYMBOL | CJK_OTHER) == 0 {
         return letters(table, text, start, WORD);
     }
     if class & SYMBOL != 0 || text[at] == b' ' && next & SYMBOL != 0 {
         return newlines(text, class_run(table, text, start, |c| c & SYMBOL != 0));
     }
     if class & SPACE != 0 {
-        return blanks(table, text, at, Blanks::Lines, NUMBER);
+        return blanks(table, text, at, Blanks::Lines, NUMBER | CJK_OTHER);
     }
-    // Controls, format characters and unassigned ones match nothing: one piece up to where something does.
-    let mut end = start;
+    // Controls, format characters and unassigned ones match nothing but the optional character before a word: one
+    // piece up to where something matches.
+    let word = if class == CJK_OTHER { CJK_WORD } else { WORD };
+    let is_word = |c: u8| if word == WORD { c & WORD != 0 } else { c == CJK_WORD };
+    let mut end = at;
     loop {
-        let (class, length) = class_at(table, text, end);
-        if class != 0 || length == 0 {
+        let (here, length) = class_at(table, text, end);
+        if here != class || length == 0 {
             return end;
         }
-        if class_at(table, text, end + length).0 & WORD != 0 {
-            return end;
+        if is_word(class_at(table, text, end + length).0) {
+            return if end == at { class_run(table, text, end + length, is_word) } else { end };
         }
         end += length;
     }
