@@ -148,6 +148,7 @@ impl<const W: usize> Cache<W> {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

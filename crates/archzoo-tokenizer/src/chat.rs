@@ -19,6 +19,7 @@ pub fn render(template: &str, variables: &str) -> Result<String> {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -71,36 +71,11 @@ pub fn deepseek() -> &'static Table {
     })
 }
 
-macro_rules! predicate {
-    ($(#[$meta:meta])* $name:ident, $class:literal) => {
-        $(#[$meta])*
-        pub fn $name(c: char) -> bool {
-            static RANGES: OnceLock<Vec<(usize, usize)>> = OnceLock::new();
-            is_in(RANGES.get_or_init(|| ranges($class)), c)
-        }
-    };
+/// `\w`
+pub fn is_word(c: char) -> bool {
+    static RANGES: OnceLock<Vec<(usize, usize)>> = OnceLock::new();
+    is_in(RANGES.get_or_init(|| ranges(r"\w")), c)
 }
-
-predicate!(
-    /// `\p{P}`
-    is_punctuation, r"\p{P}"
-);
-predicate!(
-    /// `\w`
-    is_word, r"\w"
-);
-predicate!(
-    /// `\p{M}`
-    is_mark, r"\p{M}"
-);
-predicate!(
-    /// `\p{Mn}`
-    is_nonspacing_mark, r"\p{Mn}"
-);
-predicate!(
-    /// Controls, format characters and private use: `\p{C}` but for code points without a character.
-    is_control, r"[\p{Cc}\p{Cf}\p{Co}]"
-);
 
 fn is_in(ranges: &[(usize, usize)], c: char) -> bool {
     let after = ranges.partition_point(|&(first, _)| first <= c as usize);

@@ -333,6 +333,7 @@ fn pair(left: u32, right: u32) -> u64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

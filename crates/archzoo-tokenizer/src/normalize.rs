@@ -1,9 +1,9 @@
 use std::borrow::Cow;
 
 use fancy_regex::Regex;
+use unicode_categories::UnicodeCategories;
+use unicode_normalization::char::is_combining_mark;
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
-
-use crate::classes;
 
 /// A change of the text before it is cut into pieces.
 #[derive(Debug, Clone)]
@@ -57,7 +57,7 @@ impl Normalizer {
             Self::Nfkc => text.nfkc().collect(),
             Self::Nfkd => text.nfkd().collect(),
             Self::Lowercase => lowercase(&text).into(),
-            Self::StripAccents => text.chars().filter(|&c| !classes::is_mark(c)).collect(),
+            Self::StripAccents => text.chars().filter(|&c| !is_combining_mark(c)).collect(),
             Self::Strip { left, right } => {
                 let mut kept = text.as_ref();
                 if *left {
@@ -83,7 +83,7 @@ impl Normalizer {
                         .chars()
                         .filter(|&c| {
                             !matches!(c, '\0' | '\u{fffd}')
-                                && (matches!(c, '\t' | '\n' | '\r') || !classes::is_control(c))
+                                && (matches!(c, '\t' | '\n' | '\r') || !c.is_other())
                         })
                         .map(|c| if c.is_whitespace() { ' ' } else { c })
                         .collect();
@@ -100,7 +100,7 @@ impl Normalizer {
                     text = padded;
                 }
                 if *strip_accents && !text.is_ascii() {
-                    text = text.nfd().filter(|&c| !classes::is_nonspacing_mark(c)).collect();
+                    text = text.nfd().filter(|&c| !c.is_mark_nonspacing()).collect();
                 }
                 if *lowercase { self::lowercase(&text).into() } else { text.into() }
             }

@@ -102,7 +102,7 @@ fn base64(text: &[u8]) -> Option<Vec<u8>> {
             out.push((bits >> count) as u8);
         }
     }
-    (text.len() % 4 == 0 && !out.is_empty()).then_some(out)
+    (text.len().is_multiple_of(4) && !out.is_empty()).then_some(out)
 }
 
 /// Two tokens merge if their bytes together are a token, whose rank is then that of the merge.

@@ -17,7 +17,7 @@ use crate::{json, tiktoken};
 pub struct Tokenizer {
     pub(crate) parts: Parts,
     /// Of threads that are not at work.
-    idle: Mutex<Vec<Box<Scratch>>>,
+    idle: Mutex<Vec<Scratch>>,
 }
 
 /// What a file says a tokenizer is.

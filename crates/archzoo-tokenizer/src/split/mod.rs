@@ -137,6 +137,7 @@ fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()>
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used)]
 mod tests {
     use super::regex::Behavior;
     use super::*;

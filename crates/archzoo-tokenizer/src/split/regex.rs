@@ -1,6 +1,7 @@
 use std::ops::Range;
 
 use fancy_regex::Regex;
+use unicode_categories::UnicodeCategories;
 
 use crate::classes::{self, NUMBER};
 use crate::error::{Error, Result};
@@ -103,9 +104,9 @@ impl Step {
     }
 }
 
-/// ASCII punctuation and `\p{P}`.
+/// ASCII punctuation and `\p{P}`, by the tables that `tokenizers` uses: Unicode of 2015.
 pub fn is_punctuation(c: char) -> bool {
-    c.is_ascii_punctuation() || !c.is_ascii() && classes::is_punctuation(c)
+    c.is_ascii_punctuation() || c.is_punctuation()
 }
 
 /// Each matching character by itself, and the stretches between.
