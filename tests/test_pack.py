@@ -56,7 +56,7 @@ class Bytes:
     special_tokens = {"<|endoftext|>": EOS}  # noqa: RUF012
     hash = "bytes"
 
-    def encode_batch(self, texts: list[str], /) -> Ids:
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
         return Ids.of([np.frombuffer(text.encode(), np.uint8) for text in texts])
 
 
@@ -70,7 +70,7 @@ class HuggingFace:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.hash = hashlib.sha256(content.encode()).hexdigest()
 
-    def encode_batch(self, texts: list[str], /) -> Ids:
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
         return Ids.of([e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
 
@@ -241,7 +241,7 @@ class Dies(Bytes):
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def encode_batch(self, texts: list[str], /) -> Ids:
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
         if any(self.text in text for text in texts):
             raise KeyboardInterrupt
         return super().encode_batch(texts)
@@ -265,7 +265,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     calls = []
     monkeypatch.setattr(
-        Bytes, "encode_batch", lambda self, t: calls.append(t) or Ids.of([list(x.encode()) for x in t])
+        Bytes, "encode_batch", lambda self, t, _: calls.append(t) or Ids.of([list(x.encode()) for x in t])
     )
     write_pack([tmp_path], Bytes(), out, shard_tokens=900)
     assert sum(map(len, calls)) < 100  # not from the start
@@ -286,7 +286,7 @@ from archzoo.data import write_pack
 import importlib
 importlib.import_module("archzoo.data.pack")._BATCH = 2000
 class Slow(Bytes):
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, add_special_tokens=True):
         time.sleep(0.01)
         return super().encode_batch(texts)
 write_pack([sys.argv[1]], Slow(), sys.argv[2], shard_tokens=5000)

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         ConfigError,
         InputError,
         PackError,
+        TokenizerError,
         UnknownNameError,
     )
     from archzoo.generation import generate
     from archzoo.model import CausalLM, Output
+    from archzoo.tokenizer import Ragged, Tokenizer
     from archzoo.zoo import build, config, list_models, load, save
 
 __version__ = "0.1.0"
@@ -41,10 +43,12 @@ _HOMES = {
         "ConfigError",
         "InputError",
         "PackError",
+        "TokenizerError",
         "UnknownNameError",
     ],
     "archzoo.generation": ["generate"],
     "archzoo.model": ["CausalLM", "Output"],
+    "archzoo.tokenizer": ["Ragged", "Tokenizer"],
     "archzoo.zoo": ["build", "config", "cost", "list_models", "load", "save"],
 }
 _ATTRIBUTES = {name: home for home, names in _HOMES.items() for name in names}
@@ -61,6 +65,9 @@ __all__ = [
     "ModelConfig",
     "Output",
     "PackError",
+    "Ragged",
+    "Tokenizer",
+    "TokenizerError",
     "UnknownNameError",
     "build",
     "checkpoint",

@@ -12,6 +12,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointReader",
     "FolderWriter",
+    "Tokenizer",
+    "TokenizerError",
+    "Utf8Stream",
     "__version__",
     "attention",
     "conv",
@@ -26,6 +29,7 @@ __all__ = [
     "latent_attention",
     "linear",
     "plan",
+    "render_chat",
     "rms_norm",
     "ssd_scan",
     "ssd_step",
@@ -107,6 +111,51 @@ def eplb(
     cluster: experts, replicas, groups, nodes, gpus. out: addresses of expert and rank of each slot (int64
     `[layers, replicas]`) and of the replicas of each expert (int64 `[layers, experts]`).
     """
+
+class TokenizerError(Exception):
+    """A tokenizer that cannot be read, or input that it cannot take: names file and feature."""
+
+@final
+class Tokenizer:
+    """A tokenizer, ready for any number of threads."""
+
+    def __new__(cls, path: str | os.PathLike[str], pattern: str | None = None) -> Self:
+        """Reads a `tokenizer.json`, or a tiktoken rank file with the name of its pattern (or a regex)."""
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, those of added tokens included."""
+    @property
+    def hash(self) -> str:
+        """A hash of the file and the pattern, in hexadecimal."""
+    def added_tokens(self) -> list[tuple[str, int, bool]]:
+        """Content, id, and whether it is a control token."""
+    def encode(
+        self, text: str, add_special_tokens: bool, allowed_special: set[str] | None
+    ) -> npt.NDArray[np.uint32]:
+        """Ids `[N]` of a text; `allowed_special` None is all."""
+    def count(self, text: str, add_special_tokens: bool, allowed_special: set[str] | None) -> int:
+        """Number of ids of a text."""
+    def encode_batch(
+        self, texts: list[str], add_special_tokens: bool, allowed_special: set[str] | None
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids of all texts `[N]` and offsets `[n + 1]`."""
+    def decode(self, ids: npt.NDArray[np.uint32], skip_special_tokens: bool) -> str:
+        """Text of ids; what is not UTF-8 becomes replacement characters."""
+    def decode_bytes(self, ids: npt.NDArray[np.uint32], skip_special_tokens: bool) -> bytes:
+        """Bytes of ids."""
+
+@final
+class Utf8Stream:
+    """Joins the bytes of tokens that come one by one, and holds back what may still become a character."""
+
+    def __new__(cls) -> Self: ...
+    def push(self, bytes: bytes) -> str:
+        """The text that more bytes complete."""
+    def finish(self) -> str:
+        """What is left at the end."""
+
+def render_chat(template: str, variables: str) -> str:
+    """Fills in a chat template with the variables of a JSON object."""
 
 def gate(
     logits: int,

@@ -47,3 +47,7 @@ class PackError(ArchzooError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class TokenizerError(ArchzooError, ValueError):
+    """A tokenizer file that is damaged or asks for something that is not supported."""

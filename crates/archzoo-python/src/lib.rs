@@ -8,6 +8,7 @@ mod gate;
 mod lines;
 mod plan;
 mod pool;
+mod tokenizer;
 
 use pyo3::prelude::*;
 
@@ -32,6 +33,8 @@ mod _rust {
     use super::lines::json_texts;
     #[pymodule_export]
     use super::plan::plan;
+    #[pymodule_export]
+    use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat};
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +25,7 @@ def pack_command(
     verify: Annotated[bool, typer.Option("--verify", help="INPUTS are packed folders: check them.")] = False,
 ) -> None:
     """Encode text into memory-mapped token shards for training."""
+    from archzoo import Tokenizer
     from archzoo.data import verify_pack, write_pack
 
     if verify:
@@ -35,12 +35,9 @@ def pack_command(
         return
     if tokenizer is None or out is None:
         raise InputError("packing needs --tokenizer and --out (or --verify and packed folders)")
-    encoder = getattr(importlib.import_module("archzoo"), "Tokenizer", None)
-    if encoder is None:
-        raise InputError("this version of archzoo has no Tokenizer yet: pack with archzoo.data.write_pack")
     manifest = write_pack(
         inputs,
-        encoder.from_file(tokenizer),
+        Tokenizer.from_file(tokenizer),
         out,
         shard_tokens=shard_tokens,
         text_key=text_key,

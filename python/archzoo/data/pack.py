@@ -56,7 +56,7 @@ class PackTokenizer(Protocol):
     def special_tokens(self) -> dict[str, int]: ...
     @property
     def hash(self) -> str: ...
-    def encode_batch(self, texts: list[str], /) -> Ragged: ...
+    def encode_batch(self, texts: list[str], add_special_tokens: bool, /) -> Ragged: ...
 
 
 class _Data(BaseModel):
@@ -375,7 +375,7 @@ class _Packer:
                 yield waiting.popleft().result()
 
     def _encode(self, batch: _Batch) -> _Encoded:
-        ragged = self.tokenizer.encode_batch(batch.texts)
+        ragged = self.tokenizer.encode_batch(batch.texts, False)  # --append-eos parts documents
         ids, offsets = ragged.ids, ragged.offsets
         if len(ids) and (highest := int(ids.max())) >= self.settings.vocab_size:
             raise PackError(f"the tokenizer made id {highest}, its vocab_size is {self.settings.vocab_size}")

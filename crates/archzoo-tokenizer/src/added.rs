@@ -1,0 +1,123 @@
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+
+use crate::classes::is_word;
+use crate::error::{Error, Result};
+
+/// A token that is found in the text before anything else is done to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddedToken {
+    /// Its id.
+    pub id: u32,
+    /// Its text.
+    pub content: String,
+    /// Not found inside a word.
+    pub single_word: bool,
+    /// Takes white space before it.
+    pub lstrip: bool,
+    /// Takes white space after it.
+    pub rstrip: bool,
+    /// Found in the normalised text rather than in the text as given.
+    pub normalized: bool,
+    /// A control token rather than text.
+    pub special: bool,
+}
+
+/// Which special tokens are found in text; the others are text like any other.
+#[derive(Debug, Clone, Copy)]
+pub enum AllowedSpecial<'a> {
+    /// All.
+    All,
+    /// Those of a set.
+    Only(&'a BTreeSet<String>),
+}
+
+/// A stretch of text.
+pub enum Section {
+    /// An added token.
+    Token(u32),
+    /// Text between added tokens.
+    Text(Range<usize>),
+}
+
+/// Added tokens that are searched for together.
+#[derive(Debug, Clone, Default)]
+pub struct Added {
+    tokens: Vec<AddedToken>,
+    by_id: HashMap<u32, usize>,
+    finder: Option<AhoCorasick>,
+}
+
+impl Added {
+    /// Searches the contents of `tokens`.
+    pub fn new(tokens: Vec<AddedToken>) -> Result<Self> {
+        let patterns: Vec<String> = tokens.iter().map(|t| t.content.clone()).collect();
+        Self::searched(tokens, &patterns)
+    }
+
+    /// Searches a pattern for each of `tokens`.
+    pub fn searched(tokens: Vec<AddedToken>, patterns: &[String]) -> Result<Self> {
+        let finder = if tokens.is_empty() {
+            None
+        } else {
+            let finder = AhoCorasick::builder()
+                .match_kind(MatchKind::LeftmostLongest)
+                .build(patterns)
+                .map_err(|e| Error::new(format!("added tokens: {e}")))?;
+            Some(finder)
+        };
+        let by_id = tokens.iter().zip(0..).map(|(token, i)| (token.id, i)).collect();
+        Ok(Self { tokens, by_id, finder })
+    }
+
+    /// The token of an id.
+    pub fn by_id(&self, id: u32) -> Option<&AddedToken> {
+        self.by_id.get(&id).map(|&i| &self.tokens[i])
+    }
+
+    /// The tokens.
+    pub fn tokens(&self) -> &[AddedToken] {
+        &self.tokens
+    }
+
+    /// Hands the sections of `text` to `take`, in order.
+    pub fn split(
+        &self,
+        text: &str,
+        allowed: AllowedSpecial,
+        mut take: impl FnMut(Section) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        if let Some(finder) = &self.finder {
+            for found in finder.find_iter(text) {
+                let token = &self.tokens[found.pattern().as_usize()];
+                let (mut start, mut end) = (found.start(), found.end());
+                if token.special
+                    && matches!(allowed, AllowedSpecial::Only(set) if !set.contains(&token.content))
+                {
+                    continue;
+                }
+                if token.single_word
+                    && (text[..start].chars().next_back().is_some_and(is_word)
+                        || text[end..].chars().next().is_some_and(is_word))
+                {
+                    continue;
+                }
+                if token.lstrip {
+                    start = text[..start].trim_end().len().max(done);
+                }
+                if token.rstrip {
+                    end = text.len() - text[end..].trim_start().len();
+                }
+                if done < start {
+                    take(Section::Text(done..start))?;
+                }
+                take(Section::Token(token.id))?;
+                done = end;
+            }
+        }
+        if done < text.len() { take(Section::Text(done..text.len())) } else { Ok(()) }
+    }
+}

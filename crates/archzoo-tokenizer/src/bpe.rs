@@ -1,0 +1,125 @@
+use crate::merges::{List, Merges};
+use crate::vocab::Vocab;
+
+/// A symbol that the vocabulary lacks.
+pub const MISSING: u32 = u32::MAX;
+
+/// What a piece is merged from.
+#[derive(Debug, Clone)]
+pub enum Symbols {
+    /// Its bytes: the id of each.
+    Bytes(Box<[u32; 256]>),
+    /// Its characters, and `<0x..>` tokens for the bytes of one that has no token.
+    Chars {
+        /// Ids of the byte tokens, if a character without a token becomes its bytes.
+        fallback: Option<Box<[u32; 256]>>,
+    },
+}
+
+/// What encoding a piece needs and the next one may have.
+#[derive(Default)]
+pub struct Work {
+    symbols: Vec<u32>,
+    list: List,
+}
+
+/// Byte-pair encoding.
+#[derive(Debug, Clone)]
+pub struct Bpe {
+    /// The tokens.
+    pub vocab: Vocab,
+    /// The merges.
+    pub merges: Merges,
+    /// What is merged.
+    pub symbols: Symbols,
+    /// A piece that is a token is that token, whatever its merges give.
+    pub ignore_merges: bool,
+    /// Stands for a symbol without a token; such symbols are dropped if there is none.
+    pub unknown: Option<u32>,
+    /// Whether neighbouring unknown symbols are one.
+    pub fuse_unknown: bool,
+}
+
+impl Bpe {
+    /// Appends the ids of a piece to `out`.
+    pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
+        if self.ignore_merges
+            && let Some(id) = self.vocab.get(piece)
+        {
+            out.push(id);
+            return;
+        }
+        let Work { symbols, list } = work;
+        symbols.clear();
+        match &self.symbols {
+            Symbols::Bytes(ids) => {
+                symbols.extend(piece.iter().map(|&byte| ids[usize::from(byte)]));
+                if symbols.contains(&MISSING) {
+                    self.replace_missing(symbols);
+                }
+            }
+            Symbols::Chars { fallback } => self.chars(piece, fallback.as_deref(), symbols),
+        }
+        self.merges.merge(symbols, list, out);
+    }
+
+    #[cold]
+    fn replace_missing(&self, symbols: &mut Vec<u32>) {
+        let mut unknown = Unknown { bpe: self, pending: false };
+        let mut replaced = Vec::with_capacity(symbols.len());
+        for &id in symbols.iter() {
+            unknown.symbol((id != MISSING).then_some(id), &mut replaced);
+        }
+        unknown.flush(&mut replaced);
+        *symbols = replaced;
+    }
+
+    fn chars(&self, piece: &[u8], fallback: Option<&[u32; 256]>, symbols: &mut Vec<u32>) {
+        let mut unknown = Unknown { bpe: self, pending: false };
+        let mut rest = piece;
+        while !rest.is_empty() {
+            let (_, length) = crate::classes::decode(rest, 0);
+            let (c, tail) = rest.split_at(length.min(rest.len()));
+            rest = tail;
+            let id = self.vocab.get(c);
+            match fallback {
+                // As in `tokenizers`, a pending unknown stays pending across byte tokens.
+                Some(ids) if id.is_none() && c.iter().all(|&b| ids[usize::from(b)] != MISSING) => {
+                    symbols.extend(c.iter().map(|&b| ids[usize::from(b)]));
+                }
+                _ => unknown.symbol(id, symbols),
+            }
+        }
+        unknown.flush(symbols);
+    }
+}
+
+/// Symbols without a token on their way into the list.
+struct Unknown<'a> {
+    bpe: &'a Bpe,
+    pending: bool,
+}
+
+impl Unknown<'_> {
+    fn symbol(&mut self, id: Option<u32>, symbols: &mut Vec<u32>) {
+        match id {
+            Some(id) => {
+                self.flush(symbols);
+                symbols.push(id);
+            }
+            None => {
+                if !self.bpe.fuse_unknown {
+                    self.flush(symbols);
+                }
+                self.pending = self.bpe.unknown.is_some();
+            }
+        }
+    }
+
+    fn flush(&mut self, symbols: &mut Vec<u32>) {
+        if self.pending {
+            symbols.extend(self.bpe.unknown);
+        }
+        self.pending = false;
+    }
+}

@@ -1,0 +1,28 @@
+//! Text to token ids and back: exact, linear on any input, without a regex on the hot path.
+
+mod added;
+mod bpe;
+mod byte_level;
+mod cache;
+mod chat;
+mod classes;
+mod decode;
+mod error;
+mod json;
+mod merges;
+mod metaspace;
+mod model;
+mod normalize;
+mod split;
+mod tiktoken;
+mod tokenizer;
+mod unigram;
+mod vocab;
+mod wordpiece;
+
+pub use added::{AddedToken, AllowedSpecial};
+pub use chat::render as render_chat;
+pub use decode::DecodeStream;
+pub use error::{Error, Result};
+pub use tiktoken::NAMES as PATTERN_NAMES;
+pub use tokenizer::{Options, Ragged, Tokenizer};

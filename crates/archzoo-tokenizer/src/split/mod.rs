@@ -1,0 +1,260 @@
+//! Cutting text into the pieces that a model encodes one by one.
+
+mod families;
+pub mod regex;
+mod scan;
+
+use crate::classes;
+use crate::error::Result;
+use regex::Step;
+
+/// The regex of GPT-2.
+pub const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// The regex of Llama 3; cl100k in tiktoken's own spelling keeps white space at the end of a text in one piece.
+pub const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The regex of Qwen 2 and 3.
+pub const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The regex of cl100k as tiktoken writes it.
+pub const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
+/// The regex of o200k and Llama 4.
+pub const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The regex of Mistral's Tekken.
+pub const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The three splits of DeepSeek V3, in this order.
+pub const DEEPSEEK: [&str; 3] = [
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+];
+
+/// How text is cut into pieces.
+#[derive(Debug, Clone)]
+pub enum Splitter {
+    /// Not at all.
+    Whole,
+    /// A hand-written pre-tokenizer.
+    Family(Family),
+    /// Any other: step after step.
+    Steps(Vec<Step>),
+}
+
+/// The hand-written pre-tokenizers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// [`GPT2`]
+    Gpt2,
+    /// Every number isolated, then [`GPT2`]: SmolLM2 and others.
+    Gpt2Digit,
+    /// [`LLAMA3`]
+    Llama3,
+    /// [`QWEN`]
+    Qwen,
+    /// [`CL100K`]
+    Cl100k,
+    /// [`O200K`]
+    O200k,
+    /// [`TEKKEN`]
+    Tekken,
+    /// [`DEEPSEEK`]
+    DeepSeek,
+}
+
+impl Family {
+    /// The family that one `Split` by this regex is, each match a piece.
+    pub fn of_regex(pattern: &str) -> Option<Self> {
+        match pattern {
+            GPT2 => Some(Self::Gpt2),
+            LLAMA3 => Some(Self::Llama3),
+            QWEN => Some(Self::Qwen),
+            CL100K => Some(Self::Cl100k),
+            O200K => Some(Self::O200k),
+            TEKKEN => Some(Self::Tekken),
+            _ => None,
+        }
+    }
+}
+
+/// Start and end of a piece in its text.
+pub type Piece = (usize, usize);
+
+/// Pieces handed over together, so that work on one hides waiting for another.
+pub const BATCH: usize = 64;
+
+/// Consumer of the pieces of a text.
+pub trait Sink {
+    /// Takes the next pieces of `text`, in order, at most [`BATCH`].
+    fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()>;
+}
+
+impl Splitter {
+    /// Hands every piece of `text` to `sink`, in order.
+    pub fn split(&self, text: &str, sink: &mut impl Sink) -> Result<()> {
+        match self {
+            Self::Whole if text.is_empty() => Ok(()),
+            Self::Whole => sink.take(text.as_bytes(), &[(0, text.len())]),
+            Self::Family(family) => split_family(*family, text.as_bytes(), sink),
+            Self::Steps(steps) => {
+                let mut pieces = vec![(0, text.len())];
+                for step in steps {
+                    pieces = step.apply(text, &pieces)?;
+                }
+                pieces.retain(|(start, end)| end > start);
+                pieces.chunks(BATCH).try_for_each(|batch| sink.take(text.as_bytes(), batch))
+            }
+        }
+    }
+}
+
+fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
+    let unicode = classes::unicode();
+    macro_rules! run {
+        ($table:expr, $next:expr) => {{
+            let mut at = 0;
+            let mut batch = [(0, 0); BATCH];
+            while at < text.len() {
+                let mut count = 0;
+                while count < BATCH && at < text.len() {
+                    let end = $next($table, text, at);
+                    batch[count] = (at, end);
+                    count += 1;
+                    at = end;
+                }
+                sink.take(text, &batch[..count])?;
+            }
+        }};
+    }
+    match family {
+        Family::Gpt2 => run!(unicode, families::gpt2::<false>),
+        Family::Gpt2Digit => run!(unicode, families::gpt2::<true>),
+        Family::Llama3 => run!(unicode, families::cl100k::<3, false>),
+        Family::Qwen => run!(unicode, families::cl100k::<1, false>),
+        Family::Cl100k => run!(unicode, families::cl100k::<3, true>),
+        Family::O200k => run!(unicode, families::o200k::<3, true>),
+        Family::Tekken => run!(unicode, families::o200k::<1, false>),
+        Family::DeepSeek => run!(classes::deepseek(), families::deepseek),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used)]
+mod tests {
+    use super::regex::Behavior;
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::OnceLock;
+
+    impl Family {
+        /// All of them.
+        pub const ALL: [Family; 8] = [
+            Self::Gpt2,
+            Self::Gpt2Digit,
+            Self::Llama3,
+            Self::Qwen,
+            Self::Cl100k,
+            Self::O200k,
+            Self::Tekken,
+            Self::DeepSeek,
+        ];
+
+        /// The same as regexes.
+        pub fn steps(self) -> Result<Vec<Step>> {
+            let isolate = |pattern: &str| Step::regex(pattern, Behavior::Isolated, false);
+            match self {
+                Self::Gpt2 => Ok(vec![isolate(GPT2)?]),
+                Self::Gpt2Digit => Ok(vec![Step::Digits { individual: true }, isolate(GPT2)?]),
+                Self::Llama3 => Ok(vec![isolate(LLAMA3)?]),
+                Self::Qwen => Ok(vec![isolate(QWEN)?]),
+                Self::Cl100k => Ok(vec![isolate(CL100K)?]),
+                Self::O200k => Ok(vec![isolate(O200K)?]),
+                Self::Tekken => Ok(vec![isolate(TEKKEN)?]),
+                Self::DeepSeek => DEEPSEEK.iter().map(|p| isolate(p)).collect(),
+            }
+        }
+    }
+
+    struct Ends(Vec<usize>);
+
+    impl Sink for Ends {
+        fn take(&mut self, _: &[u8], pieces: &[Piece]) -> Result<()> {
+            for &(start, end) in pieces {
+                assert_eq!(start, self.0.last().copied().unwrap_or(0));
+                assert!(end > start);
+                self.0.push(end);
+            }
+            Ok(())
+        }
+    }
+
+    fn ends(splitter: &Splitter, text: &str) -> Vec<usize> {
+        let mut ends = Ends(Vec::new());
+        splitter.split(text, &mut ends).unwrap();
+        ends.0
+    }
+
+    fn regexes() -> &'static [(Family, Splitter)] {
+        static ALL: OnceLock<Vec<(Family, Splitter)>> = OnceLock::new();
+        ALL.get_or_init(|| Family::ALL.map(|f| (f, Splitter::Steps(f.steps().unwrap()))).into())
+    }
+
+    fn compare(text: &str) {
+        for (family, regex) in regexes() {
+            let by_hand = ends(&Splitter::Family(*family), text);
+            assert_eq!(by_hand, ends(regex, text), "{family:?} {text:?}");
+        }
+    }
+
+    /// The first and the last code point of every run of one class, in contexts.
+    #[test]
+    fn every_class_boundary_in_context() {
+        let table = classes::unicode();
+        let class = |c: u32| table.get(c as usize).copied().unwrap_or(0);
+        let cjk = [0x3040, 0x309f, 0x30a0, 0x30ff, 0x4e00, 0x9fa5];
+        let decides = |&c: &char| {
+            let c = c as u32;
+            c == 0
+                || class(c) != class(c - 1)
+                || class(c) != class(c + 1)
+                || cjk.iter().any(|x| c.abs_diff(*x) < 2)
+        };
+        let chars: Vec<char> = ('\0'..=char::MAX).filter(decides).collect();
+        assert!(chars.len() > 3000);
+        for (family, regex) in regexes() {
+            let by_hand = Splitter::Family(*family);
+            for some in chars.chunks(16) {
+                let mut text = String::new();
+                for c in some {
+                    for context in ["a{}a", " {}", "{}\n", ".{} ", "'{}", "A{}'s", "{}1", "{}{}中"] {
+                        text.push_str(&context.replace("{}", c.encode_utf8(&mut [0; 4])));
+                    }
+                }
+                let (found, expected) = (ends(&by_hand, &text), ends(regex, &text));
+                if let Some(at) = found.iter().zip(&expected).position(|(a, b)| a != b) {
+                    let start = if at == 0 { 0 } else { found[at - 1] };
+                    let pieces = (&text[start..found[at]], &text[start..expected[at]]);
+                    panic!("{family:?}: found {:?}, expected {:?} in {text:?}", pieces.0, pieces.1);
+                }
+                assert_eq!(found.len(), expected.len());
+            }
+        }
+    }
+
+    /// Mostly characters that decide something.
+    fn hostile() -> impl Strategy<Value = String> {
+        let few = prop::sample::select(
+            "aAbzZsStTmdrRevElLſK019½٣一龥あア・゛\u{3040}ㄱ日éÉßǅʰ\u{301}\u{fe0f}\u{200d}👍🏽🇩.,'’\"/-_<|>$€©! \t\r\n\u{a0}\u{2028}\u{3000}\0\u{7f}\u{85}\u{ad}\u{e000}\u{378}\u{10ffff}"
+                .chars()
+                .collect::<Vec<_>>(),
+        );
+        prop::collection::vec(prop_oneof![12 => few, 1 => any::<char>()], 0..24)
+            .prop_map(|chars| chars.into_iter().collect())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+        #[test]
+        fn families_are_their_regexes(text in hostile()) {
+            compare(&text);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+use hashbrown::HashTable;
+
+use crate::error::{Error, Result};
+
+/// Largest number of ids: three of them and a rank share one word in the table of merges.
+pub const MOST_IDS: usize = 1 << 21;
+
+/// Tokens by id, and ids by token.
+#[derive(Debug, Clone, Default)]
+pub struct Vocab {
+    bytes: Vec<u8>,
+    /// Where each id's bytes end; they start where those of the id before end.
+    ends: Vec<u32>,
+    ids: HashTable<u32>,
+    longest: usize,
+}
+
+impl Vocab {
+    /// A vocabulary of `tokens`, each with its id. An id without a token stands for no bytes.
+    ///
+    /// `is_found(i)` says whether `get` knows the i-th token; the others are for decoding only.
+    pub fn new<T: AsRef<[u8]>>(tokens: &[(T, u32)], is_found: impl Fn(usize) -> bool) -> Result<Self> {
+        let size = tokens.iter().map(|&(_, id)| id as usize + 1).max().unwrap_or(0);
+        if size > MOST_IDS {
+            return Err(Error::unsupported(format!("token ids above {}", MOST_IDS - 1)));
+        }
+        let mut by_id = vec![usize::MAX; size];
+        for (i, (_, id)) in tokens.iter().enumerate() {
+            let slot = &mut by_id[*id as usize];
+            if *slot != usize::MAX {
+                return Err(Error::new(format!("two tokens have the id {id}")));
+            }
+            *slot = i;
+        }
+        let total: usize = tokens.iter().map(|(t, _)| t.as_ref().len()).sum();
+        if u32::try_from(total).is_err() {
+            return Err(Error::unsupported("more than 4 GiB of tokens"));
+        }
+        let mut vocab = Self {
+            bytes: Vec::with_capacity(total),
+            ends: Vec::with_capacity(size),
+            ids: HashTable::with_capacity(tokens.len()),
+            longest: 0,
+        };
+        for (id, &i) in by_id.iter().enumerate() {
+            if let Some((token, _)) = tokens.get(i) {
+                vocab.bytes.extend_from_slice(token.as_ref());
+            }
+            vocab.ends.push(vocab.bytes.len() as u32);
+            if tokens.get(i).is_some() && is_found(i) {
+                vocab.insert(id as u32)?;
+            }
+        }
+        Ok(vocab)
+    }
+
+    fn insert(&mut self, id: u32) -> Result<()> {
+        let token = bytes_of(&self.bytes, &self.ends, id);
+        if token.is_empty() {
+            return Ok(());
+        }
+        let hash = hash(token);
+        if self.ids.find(hash, |&other| bytes_of(&self.bytes, &self.ends, other) == token).is_some() {
+            return Err(Error::new(format!("the token {:?} is there twice", String::from_utf8_lossy(token))));
+        }
+        self.longest = self.longest.max(token.len());
+        let rehash = |&id: &u32| self::hash(bytes_of(&self.bytes, &self.ends, id));
+        self.ids.insert_unique(hash, id, rehash);
+        Ok(())
+    }
+
+    /// Number of ids: one more than the largest.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Bytes of the longest token that `get` knows.
+    pub fn longest(&self) -> usize {
+        self.longest
+    }
+
+    /// Bytes of a token; none for an id that is not there.
+    pub fn bytes(&self, id: u32) -> Option<&[u8]> {
+        ((id as usize) < self.ends.len()).then(|| bytes_of(&self.bytes, &self.ends, id))
+    }
+
+    /// Id of a token.
+    #[inline]
+    pub fn get(&self, token: &[u8]) -> Option<u32> {
+        if token.len() > self.longest {
+            return None;
+        }
+        self.ids.find(hash(token), |&id| bytes_of(&self.bytes, &self.ends, id) == token).copied()
+    }
+}
+
+#[inline]
+fn bytes_of<'a>(bytes: &'a [u8], ends: &[u32], id: u32) -> &'a [u8] {
+    let id = id as usize;
+    let start = if id == 0 { 0 } else { ends[id - 1] as usize };
+    &bytes[start..ends[id] as usize]
+}
+
+const MIX: [u64; 3] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9];
+
+/// The two halves of the full product, folded together.
+#[inline(always)]
+pub fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// A hash of bytes that is fast on short ones.
+#[inline]
+pub fn hash(bytes: &[u8]) -> u64 {
+    let mut state = bytes.len() as u64 ^ MIX[2];
+    let mut rest = bytes;
+    while let Some((block, tail)) = rest.split_first_chunk::<8>() {
+        state = fold(state ^ u64::from_le_bytes(*block) ^ MIX[0], MIX[1]);
+        rest = tail;
+    }
+    let mut block = [0; 8];
+    block[..rest.len()].copy_from_slice(rest);
+    fold(state ^ u64::from_le_bytes(block), MIX[0])
+}

@@ -1,0 +1,193 @@
+"""Text to token ids and back, in Rust."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from archzoo import _rust
+from archzoo.errors import InputError, TokenizerError
+
+Ids = npt.NDArray[np.uint32]
+AllowedSpecial = Literal["all"] | AbstractSet[str]
+
+
+class Ragged(NamedTuple):
+    """Ids of n texts, one after the other: `ids` uint32 [N], `offsets` int64 [n + 1].
+
+    Text i has `ids[offsets[i]:offsets[i + 1]]`.
+    """
+
+    ids: Ids
+    offsets: npt.NDArray[np.int64]
+
+
+class Tokenizer:
+    """A tokenizer with the ids of the file's own library, read from a file or a model's folder."""
+
+    def __init__(self, native: _rust.Tokenizer, config: dict[str, Any] | None = None) -> None:
+        self._native = native
+        self._config = config or {}
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], pattern: str | None = None) -> Self:
+        """Read a `tokenizer.json`, or a tiktoken rank file.
+
+        Args:
+            path: The file.
+            pattern: For a rank file: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the
+                special tokens, or a regular expression.
+
+        Raises:
+            TokenizerError: The file is damaged, or asks for something that is not supported.
+        """
+        try:
+            return cls(_rust.Tokenizer(path, pattern))
+        except _rust.TokenizerError as error:
+            raise TokenizerError(str(error)) from None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read the `tokenizer.json` of a model's folder, and its chat template."""
+        folder = Path(folder)
+        tokenizer = cls.from_file(folder / "tokenizer.json")
+        path = folder / "tokenizer_config.json"
+        if path.exists():
+            try:
+                tokenizer._config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise TokenizerError(f"{path}: {error}") from None
+        template = folder / "chat_template.jinja"
+        if template.exists():
+            tokenizer._config["chat_template"] = template.read_text(encoding="utf-8")
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, those of added tokens included."""
+        return self._native.vocab_size
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the control tokens."""
+        return {content: id for content, id, special in self._native.added_tokens() if special}
+
+    @property
+    def hash(self) -> str:
+        """A hash of the file and the pattern: equal hashes give equal ids."""
+        return self._native.hash
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
+    ) -> Ids:
+        """Ids [N] of a text.
+
+        Args:
+            text: The text.
+            add_special_tokens: Add what the file's post-processor puts around a text.
+            allowed_special: Special tokens that are found in the text; the others are text like any other.
+        """
+        try:
+            return self._native.encode(text, add_special_tokens, _allowed(allowed_special))
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        add_special_tokens: bool = True,
+        allowed_special: AllowedSpecial = "all",
+    ) -> Ragged:
+        """Ids of many texts on all threads; see `encode`."""
+        texts = texts if isinstance(texts, list) else list(texts)
+        try:
+            return Ragged(*self._native.encode_batch(texts, add_special_tokens, _allowed(allowed_special)))
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+    def count(
+        self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
+    ) -> int:
+        """Number of ids of a text, which are not kept."""
+        try:
+            return self._native.count(text, add_special_tokens, _allowed(allowed_special))
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+    def decode(self, ids: Sequence[int] | npt.ArrayLike, skip_special_tokens: bool = False) -> str:
+        """Text of ids [N]; bytes that are not UTF-8 become replacement characters."""
+        try:
+            return self._native.decode(_ids(ids), skip_special_tokens)
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+    def decode_bytes(self, ids: Sequence[int] | npt.ArrayLike, skip_special_tokens: bool = False) -> bytes:
+        """Bytes of ids [N]."""
+        try:
+            return self._native.decode_bytes(_ids(ids), skip_special_tokens)
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+    def decode_stream(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
+        """Text of ids as they come; what may still become a character is held back."""
+        stream = _rust.Utf8Stream()
+        for id in ids:
+            text = stream.push(self.decode_bytes([id], skip_special_tokens))
+            if text:
+                yield text
+        if rest := stream.finish():
+            yield rest
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Text of a conversation in the model's own form, to be encoded without adding special tokens.
+
+        Args:
+            messages: Dictionaries with "role", "content" and what else the template knows.
+            add_generation_prompt: End with the start of an answer.
+            variables: More of what the template knows, such as `tools`.
+        """
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str):
+            raise InputError("this tokenizer has no chat template; from_pretrained reads one from a folder")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        tokens = {name: _content(self._config[name]) for name in names if self._config.get(name)}
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            return _rust.render_chat(template, json.dumps(tokens | given | variables))
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """A token as tokenizer_config.json writes it: text, or an object with flags."""
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _allowed(allowed: AllowedSpecial) -> set[str] | None:
+    if isinstance(allowed, str):
+        if allowed != "all":
+            raise InputError(f'allowed_special must be "all" or a set of tokens, found {allowed!r}')
+        return None
+    return set(allowed)
+
+
+def _ids(ids: Sequence[int] | npt.ArrayLike) -> Ids:
+    array = np.asarray(ids)
+    if array.size == 0:
+        array = array.astype(np.uint32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"ids must be a 1-D array of integers, got {array.ndim}-D {array.dtype}")
+    if array.size and (int(array.min()) < 0 or int(array.max()) >= 2**32):
+        raise InputError("ids must be from 0 to 4294967295")
+    return np.ascontiguousarray(array, np.uint32)

