@@ -299,6 +299,8 @@ def test_decode(files: dict[str, Path]) -> None:
 def test_batches(files: dict[str, Path]) -> None:
     ours = Tokenizer.from_file(files["llama-3 form"])
     assert [part.tolist() for part in ours.encode_batch([])] == [[], [0]]
+    with pytest.raises(InputError, match="many texts"):
+        ours.encode_batch("abc")
     texts = [*hostile(300, seed=1), "", "word " * 50_000]
     ids, offsets = ours.encode_batch(texts)
     for i, text in enumerate(texts):
@@ -358,6 +360,29 @@ def test_damaged_files(content: bytes, tmp_path: Path) -> None:
             Tokenizer.from_file(path, pattern)
     with pytest.raises(TokenizerError, match="No such file"):
         Tokenizer.from_file(tmp_path / "none")
+
+
+def test_chat_template(tmp_path: Path, files: dict[str, Path]) -> None:
+    write(tmp_path / "tokenizer.json", json.loads(files["qwen form"].read_text(encoding="utf-8")))
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    write(
+        tmp_path / "tokenizer_config.json",
+        {"chat_template": template, "eos_token": {"content": "<|im_end|>"}},
+    )
+    ours = Tokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": " 你好 "}]
+    text = ours.apply_chat_template(messages)
+    assert text == "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert not ours.apply_chat_template(messages, add_generation_prompt=False).endswith("assistant\n")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    theirs.chat_template, theirs.eos_token = template, "<|im_end|>"
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == text
+    with pytest.raises(InputError, match="no chat template"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json").apply_chat_template(messages)
 
 
 def test_hash_is_that_of_the_content(tmp_path: Path, files: dict[str, Path]) -> None:

@@ -106,6 +106,8 @@ class Tokenizer:
         allowed_special: AllowedSpecial = "all",
     ) -> Ragged:
         """Ids of many texts on all threads; see `encode`."""
+        if isinstance(texts, str):
+            raise InputError("encode_batch takes many texts; encode takes one")
         texts = texts if isinstance(texts, list) else list(texts)
         try:
             return Ragged(*self._native.encode_batch(texts, add_special_tokens, _allowed(allowed_special)))
