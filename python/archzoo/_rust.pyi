@@ -290,7 +290,6 @@ def latent_attention(
     keys: tuple[int, tuple[int, int]],
     weight: int,
     scale: float,
-    bfloat16: bool,
     out: int,
     threads: int,
 ) -> None:

@@ -137,12 +137,12 @@ pub struct Latent {
 ///
 /// # Panics
 /// When a length does not fit.
-pub fn latent_attention<T: Value>(
+pub fn latent_attention(
     threads: Threads<'_>,
     shape: Latent,
     q: &[f32],
-    keys: Cached<'_, T>,
-    weight: &[T],
+    keys: Cached<'_, f32>,
+    weight: &[f32],
     out: &mut [f32],
 ) {
     let Latent { batch, heads, groups, slots, rank, nope_dim, rope_dim, v_dim, scale } = shape;
@@ -154,30 +154,26 @@ pub fn latent_attention<T: Value>(
     let up = |head: usize| &weight[head / (heads / groups) * (nope_dim + v_dim) * rank..];
     let mut queries = vec![0.0f32; count * width];
     let into = Shared(queries.as_mut_ptr());
-    let shares = threads.count.min(count * rank * nope_dim / UP_SHARE).max(1);
-    threads.share(shares, |share| {
-        for i in count * share / shares..count * (share + 1) / shares {
-            let q = &q[i * (nope_dim + rope_dim)..][..nope_dim + rope_dim];
-            // SAFETY: head i has this place to itself.
-            let to = unsafe { into.slice(i * width, width) };
-            absorb(set, &q[..nope_dim], up(i % heads), &mut to[..rank]);
-            to[rank..].copy_from_slice(&q[nope_dim..]);
-        }
+    let products = count * rank * nope_dim;
+    threads.split(count, products, UP_SHARE, |i| {
+        let q = &q[i * (nope_dim + rope_dim)..][..nope_dim + rope_dim];
+        // SAFETY: head i has this place to itself.
+        let to = unsafe { into.slice(i * width, width) };
+        absorb(set, &q[..nope_dim], up(i % heads), &mut to[..rank]);
+        to[rank..].copy_from_slice(&q[nope_dim..]);
     });
     let mut mixed = vec![0.0f32; count * rank];
     let single = Attention { batch, heads, groups: 1, slots, key_dim: width, value_dim: rank, scale };
     attention(threads, single, &queries, keys, keys, &mut mixed);
     let into = Shared(out.as_mut_ptr());
-    threads.share(shares, |share| {
-        for i in count * share / shares..count * (share + 1) / shares {
-            let rows = [&mixed[i * rank..(i + 1) * rank]];
-            let weight = &up(i % heads)[nope_dim * rank..(nope_dim + v_dim) * rank];
-            // SAFETY: head i has this place to itself.
-            let to = unsafe { into.slice(i * v_dim, v_dim) };
-            product(set, &rows, rank, weight, 0..v_dim, |_, j, sums| {
-                to[j..j + sums.len()].copy_from_slice(sums);
-            });
-        }
+    threads.split(count, products, UP_SHARE, |i| {
+        let rows = [&mixed[i * rank..(i + 1) * rank]];
+        let weight = &up(i % heads)[nope_dim * rank..(nope_dim + v_dim) * rank];
+        // SAFETY: head i has this place to itself.
+        let to = unsafe { into.slice(i * v_dim, v_dim) };
+        product(set, &rows, rank, weight, 0..v_dim, |_, j, sums| {
+            to[j..j + sums.len()].copy_from_slice(sums);
+        });
     });
 }
 
@@ -186,11 +182,11 @@ const UP_SHARE: usize = 1 << 16;
 
 multiversion! {
     /// `out = Σ_j q[j] · rows[j]` over rows of the length of `out`.
-    fn absorb<T: Value>(q: &[f32], rows: &[T], out: &mut [f32]) {
+    fn absorb(q: &[f32], rows: &[f32], out: &mut [f32]) {
         out.fill(0.0);
         for (q, row) in q.iter().zip(rows.chunks_exact(out.len())) {
             for (o, w) in out.iter_mut().zip(row) {
-                *o += q * w.widen();
+                *o += q * w;
             }
         }
     }

@@ -1,4 +1,4 @@
-use archzoo_simd::math::exp;
+use archzoo_simd::math;
 use archzoo_simd::{InstructionSet, multiversion};
 
 use crate::parallel::{Shared, Threads};
@@ -49,7 +49,7 @@ multiversion! {
             }
             if silu {
                 for o in out.iter_mut() {
-                    *o /= 1.0 + exp(-*o);
+                    *o = math::silu(*o);
                 }
             }
         }
@@ -98,28 +98,26 @@ pub fn conv(threads: Threads<'_>, conv: Conv<'_>, out: &mut [f32]) {
     assert!(state.is_none_or(|s| s.len() == rows * k * c), "the state does not fit");
     assert!(bias.is_none_or(|b| b.len() == c), "the bias does not fit");
     let taps: Vec<f32> = (0..k * c).map(|i| weight[i % c * k + i / c]).collect(); // [k, c]
-    let shares = threads.count.min(out.len() / SHARE).max(1);
     let (set, outs) = (InstructionSet::current(), Shared(out.as_mut_ptr()));
-    threads.share(shares, |share| {
-        for i in rows * tokens * share / shares..rows * tokens * (share + 1) / shares {
-            let (b, t) = (i / tokens, i % tokens);
-            // SAFETY: each token belongs to one share.
-            let out = unsafe { outs.slice(i * c, c) };
-            match bias {
-                Some(bias) => out.copy_from_slice(bias),
-                None => out.fill(0.0),
-            }
-            for (tap, w) in taps.chunks_exact(c).enumerate() {
-                let input = match ((t + tap + 1).checked_sub(k), state) {
-                    (Some(t), _) => &x[b * strides.0 + t * strides.1..][..c],
-                    (None, Some(state)) => &state[(b * k + t + tap + 1) * c..][..c],
-                    (None, None) => continue,
-                };
-                add_product(set, out, input, w);
-            }
-            if silu {
-                apply_silu(set, out);
-            }
+    let size = out.len();
+    threads.split(rows * tokens, size, SHARE, |i| {
+        let (b, t) = (i / tokens, i % tokens);
+        // SAFETY: each token is handled once.
+        let out = unsafe { outs.slice(i * c, c) };
+        match bias {
+            Some(bias) => out.copy_from_slice(bias),
+            None => out.fill(0.0),
+        }
+        for (tap, w) in taps.chunks_exact(c).enumerate() {
+            let input = match ((t + tap + 1).checked_sub(k), state) {
+                (Some(t), _) => &x[b * strides.0 + t * strides.1..][..c],
+                (None, Some(state)) => &state[(b * k + t + tap + 1) * c..][..c],
+                (None, None) => continue,
+            };
+            add_product(set, out, input, w);
+        }
+        if silu {
+            apply_silu(set, out);
         }
     });
 }
@@ -135,7 +133,7 @@ multiversion! {
 multiversion! {
     fn apply_silu(out: &mut [f32]) {
         for o in out.iter_mut() {
-            *o /= 1.0 + exp(-*o);
+            *o = math::silu(*o);
         }
     }
 }

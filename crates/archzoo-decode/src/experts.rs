@@ -1,7 +1,7 @@
-use archzoo_simd::math::{exp, larger, smaller};
+use archzoo_simd::math::{exp, larger, silu, smaller};
 use archzoo_simd::{InstructionSet, multiversion};
 
-use crate::parallel::{Shared, Threads, each};
+use crate::parallel::{Shared, Threads};
 use crate::product::product;
 use crate::value::Value;
 
@@ -30,8 +30,12 @@ pub struct Experts<'a, T> {
     pub d: usize,
     /// Channels between.
     pub hidden: usize,
-    /// `[count, 2 · hidden, d]`, gate rows first.
+    /// The gate's rows `[hidden, d]` of the first expert; those of the next are `stride` values on.
+    pub gate: &'a [T],
+    /// The same of the other factor.
     pub up: &'a [T],
+    /// Values from an expert to the next in `gate` and `up`.
+    pub stride: usize,
     /// `[count, d, hidden]`.
     pub down: &'a [T],
     /// `[count, 2 · hidden]`.
@@ -42,57 +46,6 @@ pub struct Experts<'a, T> {
     pub activation: Activation,
     /// The scale is on the input instead of the result (Llama 4).
     pub scale_input: bool,
-}
-
-/// A gated feed-forward of its own: `out = (silu(x gateᵀ) · x upᵀ) downᵀ` for rows of `d`.
-///
-/// `gate` and `up` are `[hidden, d]`, `down` is `[d, hidden]`.
-///
-/// # Panics
-/// When a length does not fit.
-pub fn swiglu<T: Value>(
-    threads: Threads<'_>,
-    x: &[f32],
-    d: usize,
-    gate: &[T],
-    up: &[T],
-    down: &[T],
-    out: &mut [f32],
-) {
-    assert!(d > 0 && x.len().is_multiple_of(d) && out.len() == x.len(), "x or out do not fit");
-    assert!(
-        gate.len() == up.len() && down.len() == up.len() && up.len().is_multiple_of(d),
-        "weights do not fit"
-    );
-    let (set, hidden, rows) = (InstructionSet::current(), up.len() / d, x.len() / d);
-    let mut between = vec![0.0f32; rows * 2 * hidden]; // of each row: gate, which becomes the activation, and up
-    let (between, out) = (Shared(between.as_mut_ptr()), Shared(out.as_mut_ptr()));
-    let xs: Vec<&[f32]> = x.chunks_exact(d).collect();
-    each(threads, hidden.div_ceil(COLUMNS), |i| {
-        let (from, to) = (i * COLUMNS, hidden.min((i + 1) * COLUMNS));
-        for (weights, at) in [(gate, 0), (up, hidden)] {
-            product(set, &xs, d, weights, from..to, |r, j, sums| {
-                // SAFETY: these columns belong to this call.
-                unsafe { between.slice(r * 2 * hidden + at + j, sums.len()) }.copy_from_slice(sums);
-            });
-        }
-        for r in 0..rows {
-            // SAFETY: as above; the two ranges are apart.
-            let (gate, up) = unsafe {
-                let gate = between.slice(r * 2 * hidden + from, to - from);
-                (gate, between.slice(r * 2 * hidden + hidden + from, to - from))
-            };
-            gated(set, gate, up);
-        }
-    });
-    // SAFETY: nobody writes any more.
-    let acts: Vec<&[f32]> = (0..rows).map(|r| unsafe { &*between.slice(r * 2 * hidden, hidden) }).collect();
-    each(threads, d.div_ceil(COLUMNS), |i| {
-        product(set, &acts, hidden, down, i * COLUMNS..d.min((i + 1) * COLUMNS), |r, j, sums| {
-            // SAFETY: these columns of the output belong to this call.
-            unsafe { out.slice(r * d + j, sums.len()) }.copy_from_slice(sums);
-        });
-    });
 }
 
 /// A part of one expert's rows: `start..stop` of the assignments.
@@ -121,11 +74,13 @@ pub fn experts<T: Value>(
     keep: Option<&mut [f32]>,
     out: &mut [f32],
 ) {
-    let Experts { d, hidden, up, down, up_bias, down_bias, activation, scale_input } = *experts;
+    let Experts { d, hidden, gate, up, stride, down, up_bias, down_bias, activation, scale_input } = *experts;
     let rows: usize = counts.iter().map(|c| usize::try_from(*c).unwrap_or(usize::MAX)).sum();
     assert!(d > 0 && hidden > 0 && x.len().is_multiple_of(d) && out.len() == x.len(), "x or out do not fit");
     assert!(token.len() >= rows && scale.len() >= rows, "the assignments do not fit");
-    assert!(up.len() == counts.len() * 2 * hidden * d && down.len() == up.len() / 2, "weights do not fit");
+    assert!(down.len() == counts.len() * d * hidden, "weights do not fit");
+    let reach = (counts.len().max(1) - 1) * stride + hidden * d;
+    assert!(counts.is_empty() || gate.len() >= reach && up.len() >= reach, "weights do not fit");
     assert!(up_bias.is_none_or(|b| b.len() == counts.len() * 2 * hidden), "the bias does not fit");
     assert!(down_bias.is_none_or(|b| b.len() == counts.len() * d), "the bias does not fit");
     assert!(keep.as_ref().is_none_or(|k| k.len() >= rows * 2 * hidden), "the kept values do not fit");
@@ -145,15 +100,15 @@ pub fn experts<T: Value>(
         let xs: Vec<&[f32]> = at[first..first + size].iter().map(|t| &x[t * d..(t + 1) * d]).collect();
         share(threads, batch, hidden, |segment, from, to| {
             let Segment { expert, start, stop } = segment;
-            let weights = &up[expert * 2 * hidden * d..(expert + 1) * 2 * hidden * d];
-            for part in [0, hidden] {
+            for (part, weights) in [(0, gate), (hidden, up)] {
                 product(
                     set,
                     &xs[start - first..stop - first],
                     d,
-                    weights,
-                    part + from..part + to,
+                    &weights[expert * stride..][..hidden * d],
+                    from..to,
                     |r, j, sums| {
+                        let j = part + j;
                         let at = (start - first + r) * 2 * hidden + j;
                         // SAFETY: these columns of the segment belong to this call.
                         let to = unsafe { between.slice(at, sums.len()) };
@@ -192,7 +147,7 @@ pub fn experts<T: Value>(
         let acts: Vec<&[f32]> =
             (0..size).map(|r| unsafe { &*between.slice(r * 2 * hidden, hidden) }).collect();
         // Two assignments of a token may meet in a batch: a call owns columns of all its segments.
-        each(threads, d.div_ceil(COLUMNS), |i| {
+        threads.each(d.div_ceil(COLUMNS), |i| {
             let (from, to) = (i * COLUMNS, d.min((i + 1) * COLUMNS));
             for &Segment { expert, start, stop } in batch {
                 let weights = &down[expert * d * hidden..(expert + 1) * d * hidden];
@@ -240,7 +195,7 @@ fn batches(counts: &[i32]) -> Vec<Vec<Segment>> {
 /// Calls `work(segment, from, to)` for blocks of `width` columns of every segment, on several threads.
 fn share(threads: Threads<'_>, batch: &[Segment], width: usize, work: impl Fn(Segment, usize, usize) + Sync) {
     let blocks = width.div_ceil(COLUMNS);
-    each(threads, batch.len() * blocks, |i| {
+    threads.each(batch.len() * blocks, |i| {
         let from = i % blocks * COLUMNS;
         work(batch[i / blocks], from, width.min(from + COLUMNS));
     });
@@ -249,7 +204,7 @@ fn share(threads: Threads<'_>, batch: &[Segment], width: usize, work: impl Fn(Se
 multiversion! {
     fn gated(gate: &mut [f32], up: &[f32]) {
         for (g, u) in gate.iter_mut().zip(up) {
-            *g = *g / (1.0 + exp(-*g)) * u;
+            *g = silu(*g) * u;
         }
     }
 }
@@ -302,7 +257,9 @@ mod tests {
             let layer = Experts {
                 d,
                 hidden,
-                up: &up[..],
+                gate: &up[..],
+                up: &up[hidden * d..],
+                stride: 2 * hidden * d,
                 down: &down[..],
                 up_bias: Some(&up_bias[..]),
                 down_bias: Some(&down_bias[..]),

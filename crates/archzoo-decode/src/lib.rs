@@ -16,7 +16,7 @@ mod value;
 
 pub use attention::{Attention, Cached, Latent, attention, latent_attention};
 pub use conv::{Conv, conv, conv_step};
-pub use experts::{Activation, Experts, experts, swiglu};
+pub use experts::{Activation, Experts, experts};
 pub use linear::{Matrix, linear};
 pub use norm::{Gate, gated_rms_norm, rms_norm};
 pub use parallel::Threads;

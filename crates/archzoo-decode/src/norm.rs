@@ -1,4 +1,4 @@
-use archzoo_simd::math::exp;
+use archzoo_simd::math::silu;
 use archzoo_simd::{InstructionSet, multiversion};
 
 use crate::parallel::{Shared, Threads};
@@ -89,16 +89,13 @@ pub fn gated_rms_norm(
         rows == 0 || gate.stride >= d && gate.values.len() >= (rows - 1) * gate.stride + d,
         "the gate does not fit"
     );
-    let shares = threads.count.min(y.len() / SHARE).max(1);
     let (set, outs) = (InstructionSet::current(), Shared(out.as_mut_ptr()));
-    threads.share(shares, |share| {
-        for row in rows * share / shares..rows * (share + 1) / shares {
-            let at = row * d;
-            // SAFETY: each row belongs to one share.
-            let out = unsafe { outs.slice(at, d) };
-            let gate = &gate.values[row * gate.stride..][..d];
-            gated(set, &y[at..at + d], gate, weight, group, eps, before, out);
-        }
+    threads.split(rows, y.len(), SHARE, |row| {
+        let at = row * d;
+        // SAFETY: each row is handled once.
+        let out = unsafe { outs.slice(at, d) };
+        let gate = &gate.values[row * gate.stride..][..d];
+        gated(set, &y[at..at + d], gate, weight, group, eps, before, out);
     });
 }
 
@@ -109,7 +106,7 @@ multiversion! {
             y.chunks_exact(group).zip(gate.chunks_exact(group)).zip(out.chunks_exact_mut(group)).enumerate()
         {
             for (o, g) in out.iter_mut().zip(gate) {
-                *o = g / (1.0 + exp(-g));
+                *o = silu(*g);
             }
             if !before {
                 for (o, y) in out.iter_mut().zip(y) {

@@ -25,20 +25,29 @@ impl Threads<'_> {
             work(0);
         });
     }
-}
 
-/// Calls `work(0..tasks)`; a thread that is done takes the next.
-pub(crate) fn each(threads: Threads<'_>, tasks: usize, work: impl Fn(usize) + Sync) {
-    let next = AtomicUsize::new(0);
-    threads.share(threads.count.min(tasks), |_| {
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
+    /// Calls `work(0..count)`, neighbours on one thread; of `size`, the values that all of it touches, no thread
+    /// takes fewer than `least`.
+    pub(crate) fn split(self, count: usize, size: usize, least: usize, work: impl Fn(usize) + Sync) {
+        let shares = self.count.min(size / least).max(1);
+        self.share(shares, |share| {
+            (count * share / shares..count * (share + 1) / shares).for_each(&work);
+        });
+    }
+
+    /// Calls `work(0..tasks)`; a thread that is done takes the next.
+    pub(crate) fn each(self, tasks: usize, work: impl Fn(usize) + Sync) {
+        let next = AtomicUsize::new(0);
+        self.share(self.count.min(tasks), |_| {
+            loop {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    return;
+                }
+                work(task);
             }
-            work(task);
-        }
-    });
+        });
+    }
 }
 
 /// A pointer that shares of one job write through, each to places of its own.

@@ -2,7 +2,7 @@ use archzoo_simd::math::exp;
 use archzoo_simd::{InstructionSet, multiversion};
 
 use crate::outer::{Strided, add_product};
-use crate::parallel::{Shared, Threads, each};
+use crate::parallel::{Shared, Threads};
 use crate::product::product;
 use crate::value::dot;
 
@@ -54,26 +54,21 @@ pub fn ssd_step(threads: Threads<'_>, step: SsdStep<'_>, state: &mut [f32], y: &
         groups
     };
     let (b_groups, c_groups) = (group(b), group(c));
-    let shares = threads.count.min(state.len() / SHARE).max(1);
+    let size = state.len();
     let (states, ys) = (Shared(state.as_mut_ptr()), Shared(y.as_mut_ptr()));
     let set = InstructionSet::current();
-    threads.share(shares, |share| {
-        for i in count * share / shares..count * (share + 1) / shares {
-            let (row, head) = (i / heads, i % heads);
-            let pick = |groups: usize| {
-                let at = (row * groups + head / (heads / groups)) * state_size;
-                at..at + state_size
-            };
-            // SAFETY: head i has these places to itself.
-            let (s, y) = unsafe {
-                (
-                    states.slice(i * head_dim * state_size, head_dim * state_size),
-                    ys.slice(i * head_dim, head_dim),
-                )
-            };
-            let x = &x[i * head_dim..(i + 1) * head_dim];
-            one(set, s, y, x, decay[i], &b[pick(b_groups)], &c[pick(c_groups)]);
-        }
+    threads.split(count, size, SHARE, |i| {
+        let (row, head) = (i / heads, i % heads);
+        let pick = |groups: usize| {
+            let at = (row * groups + head / (heads / groups)) * state_size;
+            at..at + state_size
+        };
+        // SAFETY: head i has these places to itself.
+        let (s, y) = unsafe {
+            (states.slice(i * head_dim * state_size, head_dim * state_size), ys.slice(i * head_dim, head_dim))
+        };
+        let x = &x[i * head_dim..(i + 1) * head_dim];
+        one(set, s, y, x, decay[i], &b[pick(b_groups)], &c[pick(c_groups)]);
     });
 }
 
@@ -152,7 +147,7 @@ pub fn ssd_scan(threads: Threads<'_>, scan: SsdScan<'_>, state: &mut [f32], y: &
     let chunks = tokens.div_ceil(CHUNK);
     let mut scores = vec![0.0f32; batch * pairs * chunks * CHUNK * CHUNK];
     let all = Shared(scores.as_mut_ptr());
-    each(threads, batch * pairs * chunks, |i| {
+    threads.each(batch * pairs * chunks, |i| {
         let (pair, chunk) = (i / chunks, i % chunks);
         let (row, head) = (pair / pairs, pair % pairs * (heads / pairs));
         let (start, stop) = (chunk * CHUNK, tokens.min((chunk + 1) * CHUNK));
@@ -169,7 +164,7 @@ pub fn ssd_scan(threads: Threads<'_>, scan: SsdScan<'_>, state: &mut [f32], y: &
 
     let (states, ys) = (Shared(state.as_mut_ptr()), Shared(y.as_mut_ptr()));
     let width = heads * head_dim; // from a token to the next
-    each(threads, count, |i| {
+    threads.each(count, |i| {
         let (row, head) = (i / heads, i % heads);
         let (b, c) = (&b[group(row, b_groups, head)], &c[group(row, c_groups, head)]);
         let pair = row * pairs + head / (heads / pairs);

@@ -131,10 +131,13 @@ unsafe fn layer<'a, T>(
 ) -> Experts<'a, T> {
     // SAFETY: promised by the caller.
     unsafe {
+        let both = slice(up, count * 2 * hidden * d); // of each expert gate, then up
         Experts {
             d,
             hidden,
-            up: slice(up, count * 2 * hidden * d),
+            gate: both,
+            up: both.get(hidden * d..).unwrap_or_default(),
+            stride: 2 * hidden * d,
             down: slice(down, count * d * hidden),
             up_bias: (up_bias != 0).then(|| slice(up_bias, count * 2 * hidden)),
             down_bias: (down_bias != 0).then(|| slice(down_bias, count * d)),
@@ -382,7 +385,7 @@ pub fn attention(
 }
 
 /// Absorbed latent attention of one query per row and head; shape = (batch, heads, up-projection heads, slots,
-/// rank, nope, rope and value channels); keys are an address and the strides of row and slot; q, out f32.
+/// rank, nope, rope and value channels); keys are an address and the strides of row and slot; all in f32.
 #[pyfunction]
 pub fn latent_attention(
     py: Python<'_>,
@@ -391,7 +394,6 @@ pub fn latent_attention(
     keys: (usize, [usize; 2]),
     weight: usize,
     scale: f32,
-    bfloat16: bool,
     out: usize,
     threads: usize,
 ) -> PyResult<()> {
@@ -411,13 +413,8 @@ pub fn latent_attention(
         unsafe {
             let q = slice(q, batch * heads * (nope_dim + rope_dim));
             let out = slice_mut(out, batch * heads * v_dim);
-            if bfloat16 {
-                let keys = cached::<u16>(single, keys, rank + rope_dim);
-                archzoo_decode::latent_attention(threads, shape, q, keys, slice(weight, up), out);
-            } else {
-                let keys = cached::<f32>(single, keys, rank + rope_dim);
-                archzoo_decode::latent_attention(threads, shape, q, keys, slice(weight, up), out);
-            }
+            let keys = cached(single, keys, rank + rope_dim);
+            archzoo_decode::latent_attention(threads, shape, q, keys, slice(weight, up), out);
         }
     });
     Ok(())
@@ -441,22 +438,49 @@ pub fn swiglu(
     }
     let pool = crate::pool::current()?;
     let threads = Threads { pool: &pool, count: threads };
-    let (gate, up, down) = weights;
     py.detach(|| {
-        let n = d * hidden;
         // SAFETY: as in `linear`.
         unsafe {
-            let (x, out) = (slice(x, rows * d), slice_mut(out, rows * d));
+            let (x, out) = (slice(x, rows * d), slice_mut::<f32>(out, rows * d));
+            out.fill(0.0);
             if bfloat16 {
-                let (gate, up, down) = (slice::<u16>(gate, n), slice::<u16>(up, n), slice::<u16>(down, n));
-                archzoo_decode::swiglu(threads, x, d, gate, up, down, out);
+                one_expert::<u16>(threads, x, d, hidden, weights, out);
             } else {
-                let (gate, up, down) = (slice::<f32>(gate, n), slice::<f32>(up, n), slice::<f32>(down, n));
-                archzoo_decode::swiglu(threads, x, d, gate, up, down, out);
+                one_expert::<f32>(threads, x, d, hidden, weights, out);
             }
         }
     });
     Ok(())
+}
+
+/// # Safety
+/// As `linear`.
+unsafe fn one_expert<T: Value>(
+    threads: Threads<'_>,
+    x: &[f32],
+    d: usize,
+    hidden: usize,
+    (gate, up, down): (usize, usize, usize),
+    out: &mut [f32],
+) {
+    let rows = x.len() / d;
+    // SAFETY: promised by the caller.
+    let layer = unsafe {
+        Experts::<T> {
+            d,
+            hidden,
+            gate: slice(gate, hidden * d),
+            up: slice(up, hidden * d),
+            stride: 0,
+            down: slice(down, d * hidden),
+            up_bias: None,
+            down_bias: None,
+            activation: Activation::Swiglu,
+            scale_input: false,
+        }
+    };
+    let token: Vec<i64> = (0..rows as i64).collect();
+    archzoo_decode::experts(threads, &layer, x, &token, &vec![1.0; rows], &[rows as i32], None, out);
 }
 
 /// # Safety

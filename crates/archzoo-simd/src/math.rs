@@ -53,6 +53,12 @@ pub fn exp(x: f32) -> f32 {
     p * power(half) * power(n - half)
 }
 
+/// x·sigmoid(x).
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
 /// Sum over lanes in a fixed order. The length of `x` is a multiple of [`LANES`].
 #[inline(always)]
 pub fn sum(x: &[f32]) -> f32 {

@@ -151,10 +151,7 @@ def latent_attention(q: Tensor, keys: Tensor, weight: Tensor, v_dim: int, scale:
     groups, up, rank = weight.shape
     rope, nope = keys.shape[-1] - rank, up - v_dim
     fits = nope + rope == width and keys.shape[0] == b and keys.shape[1] > 0 and h % groups == 0
-    if not fits or not native(strided=q) or choose(q) != "cpu" or not addressable(keys, weight):
-        return None
-    plain = keys.dtype == weight.dtype == torch.float32 and keys.stride(-1) == 1 and weight.is_contiguous()
-    if not plain or (torch.is_grad_enabled() and (keys.requires_grad or weight.requires_grad)):
+    if not fits or keys.stride(-1) != 1 or not (native(weight, strided=q) and native(strided=keys)):
         return None
     q = q.contiguous()
     out = q.new_empty((b, h, v_dim))
@@ -164,7 +161,6 @@ def latent_attention(q: Tensor, keys: Tensor, weight: Tensor, v_dim: int, scale:
         (keys.data_ptr(), (keys.stride(0), keys.stride(1))),
         weight.data_ptr(),
         scale,
-        False,
         out.data_ptr(),
         torch.get_num_threads(),
     )
