@@ -62,25 +62,26 @@ pub fn plan(threads: Threads, ids: &[i64], experts: usize, top_k: usize, plan: P
     let (order, token) = (Disjoint::new(plan.order), Disjoint::new(plan.token));
     let inverse = Disjoint::new(plan.inverse);
     threads.run(stretches, |i| {
+        let first = i * tokens * top_k;
         // SAFETY: the parts of one stretch.
-        let next = unsafe { all_rows.part(i * places, places) };
-        let (mut assignment, mut at) = (i * tokens * top_k, i * tokens);
-        // SAFETY: as above.
-        let inverse = unsafe { inverse.part(assignment, tokens * top_k) };
-        for (ids, inverse) in stretch(i).chunks_exact(top_k).zip(inverse.chunks_exact_mut(top_k)) {
-            for (&id, inverse) in ids.iter().zip(inverse) {
-                let next = &mut next[id as usize];
-                let row = *next;
-                *next += 1;
-                *inverse = i64::from(row);
+        let (next, inverse) =
+            unsafe { (all_rows.part(i * places, places), inverse.part(first, tokens * top_k)) };
+        // Two passes: a counter is not read behind writes to places that hang on another.
+        for (&id, inverse) in stretch(i).iter().zip(inverse.iter_mut()) {
+            let next = &mut next[id as usize];
+            *inverse = i64::from(*next);
+            *next += 1;
+        }
+        let mut assignment = first as i64;
+        for (at, rows) in (i * tokens..).zip(inverse.chunks_exact(top_k)) {
+            for &row in rows {
                 // SAFETY: the counts give each assignment a row of its own, below n.
                 unsafe {
-                    order.write(row as usize, assignment as i64);
+                    order.write(row as usize, assignment);
                     token.write(row as usize, at as i64);
                 }
                 assignment += 1;
             }
-            at += 1;
         }
     });
     Ok(())
