@@ -17,11 +17,11 @@ from archzoo.blocks.linear import Linear
 from archzoo.blocks.mixers.attention import AttentionConfig, visible_pairs
 from archzoo.blocks.mixers.mfa import MFA, MFAConfig
 from archzoo.blocks.registry import Site
-from archzoo.blocks.rope import apply_rope
 from archzoo.cache import Timeline
 from archzoo.errors import ConfigError
 from archzoo.ops.attention import attention
 from archzoo.ops.backend import backend
+from archzoo.ops.rope import apply_rope
 
 SITE = Site(index=0, count=2, hidden_size=64, norm_eps=1e-5)
 

@@ -13,8 +13,9 @@ import archzoo
 from archzoo.blocks.context import Context
 from archzoo.blocks.mixers.mla import MLA, MLAConfig
 from archzoo.blocks.registry import Site
-from archzoo.blocks.rope import RopeConfig, apply_rope
+from archzoo.blocks.rope import RopeConfig
 from archzoo.cache import Timeline
+from archzoo.ops.rope import apply_rope
 
 YARN = RopeConfig(
     kind="yarn",

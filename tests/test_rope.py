@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from archzoo.blocks.rope import RopeConfig, apply_rope
+from archzoo.blocks.rope import RopeConfig
+from archzoo.ops.backend import backend
+from archzoo.ops.rope import apply_rope
 
 HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 SCALED: dict[str, dict[str, Any]] = {
@@ -120,6 +122,22 @@ def test_rotation_turns_each_pair_by_its_angle(interleaved: bool) -> None:
         turned = torch.polar(torch.ones(2, 5, dtype=torch.float64), positions.double() * f)[..., None]
         expected = torch.complex(x[..., a], x[..., b]) * turned
         torch.testing.assert_close(torch.complex(out[..., p], out[..., p + dim // 2]), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_native_rotation_is_the_definition(interleaved: bool, rows: int | None) -> None:
+    """Whole and partial heads, of a view as projections give them, one table or one a row."""
+    for heads, dim, rotated in ((1, 8, 8), (3, 10, 6), (2, 128, 128), (5, 96, 32)):
+        for tokens in (1, 7, 300):
+            both = torch.randn(3, tokens, heads, 2 * dim)
+            x = both[..., :dim]
+            positions = torch.randint(5000, (tokens,) if rows is None else (rows, tokens))
+            cos, sin = RopeConfig().table(positions, rotated, torch.float32)
+            out = apply_rope(x, cos, sin, interleaved)
+            with backend("reference"):
+                expected = apply_rope(x, cos, sin, interleaved)
+            assert torch.equal(out, expected)
 
 
 def test_interleaved_weights_are_permuted_half_split_weights() -> None:

@@ -233,6 +233,16 @@ def rms_norm(
 ) -> None:
     """RMSNorm of fp32 `[rows, d]` by address; with a residual (not 0) of x + residual, kept in `sum`."""
 
+def rope(
+    shape: tuple[int, int, int, int, int],
+    x: tuple[int, tuple[int, int, int]],
+    table: tuple[int, int, bool],
+    interleaved: bool,
+    out: int,
+    threads: int,
+) -> None:
+    """Rotate fp32 heads; shape (batch, tokens, heads, channels, pairs), table (cos, sin, one of each row)."""
+
 def gated_rms_norm(
     y: int,
     gate: tuple[int, int],

@@ -11,6 +11,7 @@ mod norm;
 mod outer;
 mod parallel;
 mod product;
+mod rope;
 mod ssd;
 mod value;
 
@@ -20,5 +21,6 @@ pub use experts::{Activation, Experts, experts};
 pub use linear::{Matrix, linear};
 pub use norm::{Gate, gated_rms_norm, rms_norm};
 pub use parallel::Threads;
+pub use rope::{Rope, rope};
 pub use ssd::{SsdScan, SsdStep, ssd_scan, ssd_step};
 pub use value::Value;

@@ -4,7 +4,8 @@
 #![allow(clippy::too_many_arguments)] // addresses and sizes, flat because a tuple costs more to unpack
 
 use archzoo_decode::{
-    Activation, Attention, Cached, Conv, Experts, Gate, Latent, Matrix, SsdScan, SsdStep, Threads, Value,
+    Activation, Attention, Cached, Conv, Experts, Gate, Latent, Matrix, Rope, SsdScan, SsdStep, Threads,
+    Value,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -236,6 +237,40 @@ pub fn conv(
                 silu,
             };
             archzoo_decode::conv(threads, conv, slice_mut(out, rows * tokens * c));
+        }
+    });
+    Ok(())
+}
+
+/// Rotary embedding of f32 heads; shape = (batch, tokens, heads, channels, pairs), x = (address, strides of row,
+/// token and head), table = (cos, sin, whether each row has its own).
+#[pyfunction]
+pub fn rope(
+    py: Python<'_>,
+    shape: (usize, usize, usize, usize, usize),
+    x: (usize, [usize; 3]),
+    table: (usize, usize, bool),
+    interleaved: bool,
+    out: usize,
+    threads: usize,
+) -> PyResult<()> {
+    let (batch, tokens, heads, d, half) = shape;
+    let size = batch * tokens * heads * d;
+    if size == 0 {
+        return Ok(());
+    }
+    let (x, strides) = x;
+    let last: usize = [batch, tokens, heads].iter().zip(strides).map(|(n, s)| (n - 1) * s).sum();
+    let (cos, sin, each) = table;
+    let n = if each { batch } else { 1 } * tokens * half;
+    let pool = crate::pool::current()?;
+    let threads = Threads { pool: &pool, count: threads };
+    py.detach(|| {
+        // SAFETY: as in `linear`.
+        unsafe {
+            let (x, cos, sin) = (slice(x, last + d), slice(cos, n), slice(sin, n));
+            let rope = Rope { batch, tokens, heads, d, x, strides, half, cos, sin, interleaved };
+            archzoo_decode::rope(threads, rope, slice_mut(out, size));
         }
     });
     Ok(())

@@ -22,8 +22,8 @@ mod _rust {
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
     use super::decode::{
-        attention, conv, conv_step, experts, gated_rms_norm, latent_attention, linear, rms_norm, ssd_scan,
-        ssd_step, swiglu,
+        attention, conv, conv_step, experts, gated_rms_norm, latent_attention, linear, rms_norm, rope,
+        ssd_scan, ssd_step, swiglu,
     };
     #[pymodule_export]
     use super::eplb::eplb;

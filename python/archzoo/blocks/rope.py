@@ -119,16 +119,3 @@ class RopeConfig(BaseModel):
         angle = positions.clamp(min=0)[..., None].to(wide) * freq
         m = self.table_factor
         return (angle.cos() * m).to(dtype), (angle.sin() * m).to(dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate the first R channels of x [B, T, H, D] by cos, sin [T, R/2] or [B, T, R/2].
-
-    The result is in half-split order; channels beyond R stay.
-    """
-    r = 2 * cos.shape[-1]
-    if r < x.shape[-1]:
-        return torch.cat((apply_rope(x[..., :r], cos, sin, interleaved), x[..., r:]), -1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archzoo.blocks.balance import Balance, Capacity, report
 from archzoo.blocks.context import Context, Routing
@@ -17,6 +16,7 @@ from archzoo.blocks.ffns.mlp import MLP, MLPConfig
 from archzoo.blocks.linear import Linear
 from archzoo.blocks.registry import FfnConfig, Site, require
 from archzoo.ops.experts import GATED, Activation, experts, routed
+from archzoo.ops.linear import linear
 from archzoo.ops.moe import GroupScore, Score, capacity, gate
 
 
@@ -181,7 +181,7 @@ class MoE(nn.Module):
         if self.training and self.config.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
         bias = None if self.router.bias is None else self.router.bias.to(wide)
-        return F.linear(x, self.router.weight.to(wide), bias)
+        return linear(x, self.router.weight.to(wide), bias)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and ids [N, k] of logits [N, E]."""

@@ -13,9 +13,10 @@ from archzoo.blocks.context import Context
 from archzoo.blocks.linear import Linear, together
 from archzoo.blocks.norm import RMSNorm
 from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
-from archzoo.blocks.rope import RopeConfig, apply_rope
+from archzoo.blocks.rope import RopeConfig
 from archzoo.cache import grown
 from archzoo.ops.attention import attention
+from archzoo.ops.rope import apply_rope
 
 
 class Temperature(BaseModel):

@@ -13,7 +13,8 @@ from archzoo.blocks.linear import Linear
 from archzoo.blocks.mixers.attention import KVState, attend, visible_pairs
 from archzoo.blocks.norm import RMSNorm
 from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
-from archzoo.blocks.rope import RopeConfig, apply_rope
+from archzoo.blocks.rope import RopeConfig
+from archzoo.ops.rope import apply_rope
 
 
 class MFAConfig(MixerConfig):

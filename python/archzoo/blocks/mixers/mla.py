@@ -14,13 +14,14 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from archzoo.blocks.context import Context
-from archzoo.blocks.linear import Linear
+from archzoo.blocks.linear import Linear, together
 from archzoo.blocks.mixers.attention import attend, visible_pairs
 from archzoo.blocks.norm import RMSNorm
 from archzoo.blocks.registry import Mixer, MixerConfig, Site, require
-from archzoo.blocks.rope import RopeConfig, apply_rope
+from archzoo.blocks.rope import RopeConfig
 from archzoo.cache import grown
 from archzoo.ops.attention import latent_attention
+from archzoo.ops.rope import apply_rope
 
 
 class MLAConfig(MixerConfig):
@@ -150,21 +151,15 @@ class MLA(Mixer):
         width = self.config.kv_rank + self.config.rope_dim
         return LatentState(torch.empty((batch, slots, width), device=device, dtype=dtype))
 
-    def queries(self, x: Tensor) -> Tensor:
-        """[B, T, H, nope_dim + rope_dim], not yet rotated."""
-        if self.q_proj is not None:
-            q = self.q_proj(x)
-        else:
-            assert self.q_a_proj is not None
-            assert self.q_b_proj is not None
-            q = self.q_a_proj(x)
-            q = self.q_b_proj(q if self.q_a_norm is None else self.q_a_norm(q))
-        return q.unflatten(-1, (self.config.heads, self.config.qk_dim))
-
     def forward(self, x: Tensor, ctx: Context, state: LatentState | None = None) -> Tensor:
         c = self.config
-        q_nope, q_rope = self.queries(x).split((c.nope_dim, c.rope_dim), -1)
-        latent, k_rope = self.kv_a_proj(x).split((c.kv_rank, c.rope_dim), -1)
+        q_proj = self.q_proj or self.q_a_proj
+        assert q_proj is not None
+        q, latent = together(x, q_proj, self.kv_a_proj)
+        if self.q_b_proj is not None:
+            q = self.q_b_proj(q if self.q_a_norm is None else self.q_a_norm(q))
+        q_nope, q_rope = q.unflatten(-1, (c.heads, c.qk_dim)).split((c.nope_dim, c.rope_dim), -1)
+        latent, k_rope = latent.split((c.kv_rank, c.rope_dim), -1)
         if self.kv_a_norm is not None:
             latent = self.kv_a_norm(latent)
         cos, sin = ctx.rope(c.rope, c.rope_dim, x.dtype)
