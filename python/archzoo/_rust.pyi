@@ -31,6 +31,7 @@ __all__ = [
     "plan",
     "render_chat",
     "rms_norm",
+    "rope",
     "ssd_scan",
     "ssd_step",
     "swiglu",
