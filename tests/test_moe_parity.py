@@ -641,7 +641,7 @@ HUB: dict[str, dict[str, Any]] = {
 def test_published_config_is_the_registered_model(name: str) -> None:
     expected = archzoo.config(name)
     family = families()[expected.family]
-    assert family.claims({"config.json": HUB[name]})
+    assert family.reads({"config.json": HUB[name]})
     found = archzoo.ModelConfig.from_dict(family.read({"config.json": HUB[name]}))
     assert found.specs == expected.specs
     depth = HUB[name].get("num_nextn_predict_layers", 0)

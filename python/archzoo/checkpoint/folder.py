@@ -30,7 +30,7 @@ def read_config(folder: str | Path, mtp: bool = False) -> tuple[ModelConfig, Fam
     """
     folder = Path(folder)
     files = _json_files(folder)
-    claimed = [f for f in families().values() if f.claims(files)]
+    claimed = [f for f in families().values() if f.reads(files)]
     if not claimed:
         found = files["config.json"].get("model_type")
         known = ", ".join(sorted(families()))

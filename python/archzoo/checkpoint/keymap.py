@@ -67,8 +67,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """One Hugging Face layout: who claims a folder, its config files, its key rules.
+    """One Hugging Face layout: whose folders it reads, its config files, its key rules.
 
+    Its folders are those of its `model_types` (its name if none are given), or those that `claims` takes:
     `claims(files)` looks at the folder's parsed JSON files; `read(files)` gives ModelConfig data;
     `write(config)` gives the JSON files, at most `files`. `dropped` are regexes of tensors that are derived,
     not stored. `beyond` names the tensor (with `{i}`) by which a layer past the last one is known to be a
@@ -77,15 +78,22 @@ class Family:
     """
 
     name: str
-    claims: Callable[[dict[str, Any]], bool]
     read: Callable[[dict[str, Any]], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
+    model_types: Sequence[str] = ()
+    claims: Callable[[dict[str, Any]], bool] | None = None
     rules: Sequence[Rule] = ()
     aliases: Sequence[Rule] = ()
     dropped: Sequence[str] = field(default=())
     beyond: str | None = None
     copies: Sequence[str] = ()
     files: Sequence[str] = ("config.json",)
+
+    def reads(self, files: dict[str, Any]) -> bool:
+        """Whether a folder with these config files has this layout."""
+        if self.claims is not None:
+            return self.claims(files)
+        return files["config.json"].get("model_type") in (self.model_types or (self.name,))
 
     def regions(
         self, name: str, tensor: Tensor, stored: Collection[str] = (), layers: int = 0

@@ -76,7 +76,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="deepseek",
-    claims=lambda files: files["config.json"].get("model_type") == "deepseek",
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *EXPERTS, *MLP],

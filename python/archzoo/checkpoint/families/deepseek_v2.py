@@ -98,7 +98,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="deepseek_v2",
-    claims=lambda files: files["config.json"].get("model_type") == "deepseek_v2",
     read=_read,
     write=_write,
     rules=[*OUTER, *MLA, *EXPERTS, *MLP],

@@ -92,7 +92,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="deepseek_v3",
-    claims=lambda files: files["config.json"].get("model_type") in ("deepseek_v3", "kimi_k2"),
+    model_types=("deepseek_v3", "kimi_k2"),
     read=_read,
     write=_write,
     rules=[*MLA, *RULES, *MTP],

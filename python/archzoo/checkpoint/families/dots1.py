@@ -45,7 +45,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="dots1",
-    claims=lambda files: files["config.json"].get("model_type") == "dots1",
     read=_read,
     write=_write,
     rules=[*ATTENTION, *QK_NORM, *RULES],

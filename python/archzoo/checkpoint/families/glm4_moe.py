@@ -52,7 +52,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="glm4_moe",
-    claims=lambda files: files["config.json"].get("model_type") == "glm4_moe",
     read=_read,
     write=_write,
     rules=[*ATTENTION, *QK_NORM, *RULES, *MTP],

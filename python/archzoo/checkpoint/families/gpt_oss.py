@@ -68,7 +68,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="gpt_oss",
-    claims=lambda files: files["config.json"].get("model_type") == "gpt_oss",
     read=_read,
     write=_write,
     rules=[

@@ -60,7 +60,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="granitemoe",
-    claims=lambda files: files["config.json"].get("model_type") == "granitemoe",
     read=_read,
     write=_write,
     rules=[

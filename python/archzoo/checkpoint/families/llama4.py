@@ -110,7 +110,7 @@ RULES = [
 
 FAMILY = Family(
     name="llama4",
-    claims=lambda files: files["config.json"].get("model_type") in ("llama4_text", "llama4"),
+    model_types=("llama4_text", "llama4"),
     read=_read,
     write=_write,
     rules=RULES,

@@ -93,7 +93,6 @@ def mixer_rules(prefix: str) -> list[Rule]:
 
 FAMILY = Family(
     name="mamba2",
-    claims=lambda files: files["config.json"].get("model_type") == "mamba2",
     read=_read,
     write=_write,
     rules=[

@@ -59,7 +59,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="minimax_m2",
-    claims=lambda files: files["config.json"].get("model_type") == "minimax_m2",
     read=_read,
     write=_write,
     rules=[

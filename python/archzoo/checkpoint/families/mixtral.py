@@ -56,7 +56,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="mixtral",
-    claims=lambda files: files["config.json"].get("model_type") == "mixtral",
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *EXPERTS],

@@ -14,7 +14,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="archzoo",
-    claims=lambda files: files["config.json"].get("model_type") == "archzoo",
     read=lambda files: dict(files["config.json"]["archzoo"]),
     write=_write,
 )

@@ -52,7 +52,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="olmoe",
-    claims=lambda files: files["config.json"].get("model_type") == "olmoe",
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *QK_NORM, *expert_rules()],

@@ -82,7 +82,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="qwen2_moe",
-    claims=lambda files: files["config.json"].get("model_type") == "qwen2_moe",
     read=_read,
     write=_write,
     rules=[

@@ -42,7 +42,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="qwen3_moe",
-    claims=lambda files: files["config.json"].get("model_type") == "qwen3_moe",
     read=_read,
     write=_write,
     rules=[*OUTER, *ATTENTION, *QK_NORM, *expert_rules(), *MLP],

@@ -14,7 +14,7 @@ from archzoo.checkpoint.families.llama import (
     write_outer,
     write_rope,
 )
-from archzoo.checkpoint.families.moe import dense_layers, first_moe, layers
+from archzoo.checkpoint.families.moe import dense_layers, first_moe, layers, shared_rules
 from archzoo.checkpoint.keymap import Family, Rule
 from archzoo.configuration import ModelConfig
 
@@ -91,7 +91,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="step3",
-    claims=lambda files: files["config.json"].get("model_type") in ("step3_text", "step3_vl"),
+    model_types=("step3_text", "step3_vl"),
     read=_read,
     write=_write,
     rules=[
@@ -108,10 +108,7 @@ FAMILY = Family(
             stacked=True,
         ),
         Rule("layers.{i}.ffn.experts.down", f"{_LAYER}.moe.down_proj.weight"),
-        *(
-            Rule(f"layers.{{i}}.ffn.shared.{p}_proj.weight", f"{_LAYER}.share_expert.{p}_proj.weight")
-            for p in ("gate", "up", "down")
-        ),
+        *shared_rules("share_expert"),
         *MLP,
     ],
     dropped=[r"vision_model\..*", r"vit_downsampler2?\..*", r"vit_large_projector\..*"],
