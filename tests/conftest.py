@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -54,19 +52,6 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
     return make
-
-
-@pytest.fixture
-def hf_step() -> Callable[..., tuple[Any, Any]]:
-    """hf_step(model, ids, past=None) -> (output, cache) of a transformers model of any version."""
-    names = ("cache", "past_key_values", "cache_params")
-
-    def step(model: Any, ids: Tensor, past: Any = None) -> tuple[Any, Any]:
-        name = next(n for n in names if n in inspect.signature(model.forward).parameters)
-        out = model(ids, use_cache=True, **({} if past is None else {name: past}))
-        return out, next(out[n] for n in names if n in out)
-
-    return step
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -229,7 +229,7 @@ def test_experts_and_their_gradients(
 
     def run(parts: list[Tensor]) -> list[Tensor]:
         x, weights, up, down = parts = [t.clone().requires_grad_() for t in parts]
-        out = experts_op.experts(x, weights, ids, up, down)
+        out = experts_op.experts(x, weights, ids, experts_op.Ffns(up, down))
         out.backward(upstream.to(out.dtype))
         return [out.detach(), *(t.grad for t in parts if t.grad is not None)]
 
@@ -238,7 +238,7 @@ def test_experts_and_their_gradients(
     try:
         fast = run(leaves)
         with torch.no_grad():
-            again = experts_op.experts(leaves[0], leaves[1], ids, *leaves[2:])
+            again = experts_op.experts(leaves[0], leaves[1], ids, experts_op.Ffns(*leaves[2:]))
     finally:
         torch.set_num_threads(before)
     with backend("reference"):

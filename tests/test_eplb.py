@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from eplb import reference
 from torch import Tensor
 
 from archzoo.errors import InputError
 from archzoo.parallel import Placement, eplb
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
-from eplb import reference
 
 LOAD = torch.tensor(
     [

@@ -13,7 +13,7 @@ from archzoo.blocks.ffns.moe import MoE, MoEConfig
 from archzoo.blocks.registry import Site
 from archzoo.errors import InputError
 from archzoo.ops.backend import backend
-from archzoo.ops.experts import experts
+from archzoo.ops.experts import Ffns, experts
 from archzoo.ops.moe import gate
 
 GOLDEN = torch.tensor([[2.0, -2, 1, 1, 0, 0, -1, 3]])
@@ -144,7 +144,7 @@ def test_experts_equal_a_loop(
     x, w, ids, gate_up, down = args
     tensors = [t.requires_grad_() for t in (x, w, gate_up, down)]
     with backend(name):
-        out = experts(*args)
+        out = experts(x, w, ids, Ffns(gate_up, down))
         grads = torch.autograd.grad(out.square().sum(), tensors, allow_unused=tokens == 0)
     expected = loop(*args)
     assert out.shape == expected.shape
@@ -165,14 +165,14 @@ def test_experts_with_odd_widths_take_the_other_path() -> None:
     gen = torch.Generator().manual_seed(0)
     x, w, gate_up, down = (torch.randn(s, generator=gen) for s in ((7, 10), (7, 2), (3, 6, 10), (3, 10, 3)))
     ids = torch.arange(14).view(7, 2) % 3
-    torch.testing.assert_close(experts(x, w, ids, gate_up, down), loop(x, w, ids, gate_up, down))
+    torch.testing.assert_close(experts(x, w, ids, Ffns(gate_up, down)), loop(x, w, ids, gate_up, down))
 
 
 def test_weight_a_half_twice_through_one_expert_is_that_expert() -> None:
     x, _, _, gate_up, down = problem(5, ROUTES["spread"], torch.float64)
     ids, half = torch.full((5, 2), 3), torch.full((5, 2), 0.5)
     g, u = (x @ gate_up[3].T).chunk(2, -1)
-    torch.testing.assert_close(experts(x, half, ids, gate_up, down), (F.silu(g) * u) @ down[3].T)
+    torch.testing.assert_close(experts(x, half, ids, Ffns(gate_up, down)), (F.silu(g) * u) @ down[3].T)
 
 
 # --- the layer -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import hf_step
 from torch import Tensor, nn
 
 import archzoo
@@ -206,7 +207,7 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any, hf_step: Any) -> None:
+def test_folder_and_logits_both_ways(name: str, tmp_path: Path, tokens: Any) -> None:
     hf, ids = build(name), tokens(2, 21, vocab=96)
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     hf.save_pretrained(theirs, max_shard_size="60KB")

@@ -17,7 +17,7 @@ from archzoo.blocks.context import Aux, Context
 from archzoo.blocks.ffns.mlp import MLPConfig
 from archzoo.blocks.ffns.moe import MoE, MoEConfig
 from archzoo.blocks.registry import Site
-from archzoo.ops.experts import routed
+from archzoo.ops.experts import Ffns, routed
 from archzoo.ops.moe import capacity as keep
 
 Tokens = Callable[..., Tensor]
@@ -246,7 +246,7 @@ def test_rows_behind_the_last_count_are_nothing(counts: list[int], dtype: torch.
     down = torch.randn(3, 16, 8, dtype=dtype, requires_grad=True)
     token, scale = torch.arange(9), torch.rand(9, dtype=dtype, requires_grad=True)
     used = sum(counts)
-    out = routed(x, token, scale, torch.tensor(counts), up, down)
+    out = routed(x, token, scale, torch.tensor(counts), Ffns(up, down))
     assert not out[used:].any()
     out.square().sum().backward()
     for grad in (x.grad, up.grad, down.grad, scale.grad):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import hf_step
 from torch import Tensor, nn
 
 import archzoo
@@ -130,9 +131,7 @@ IDS = [f"llama-{n}" for n in LLAMAS] + [f"mamba2-{n}" for n in MAMBAS]
 
 
 @pytest.mark.parametrize(("make", "changes"), MODELS, ids=IDS)
-def test_folder_and_logits_both_ways(
-    make: Any, changes: dict[str, Any], tmp_path: Path, tokens: Any, hf_step: Any
-) -> None:
+def test_folder_and_logits_both_ways(make: Any, changes: dict[str, Any], tmp_path: Path, tokens: Any) -> None:
     hf, ids = make(**changes), tokens(2, 21, vocab=96)
     theirs = folder_of(hf, tmp_path / "theirs", shard="60KB")
     model = archzoo.load(theirs)

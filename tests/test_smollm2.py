@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from harness import hf_step
 from torch import Tensor
 
 import archzoo
@@ -55,9 +54,7 @@ def test_it_is_the_registered_model(model: CausalLM) -> None:
         assert getattr(model.config, field) == getattr(registered, field)
 
 
-def test_answer_is_that_of_transformers(
-    folder: Path, model: CausalLM, prompt: Tensor, hf_step: Callable[..., Any]
-) -> None:
+def test_answer_is_that_of_transformers(folder: Path, model: CausalLM, prompt: Tensor) -> None:
     """32 greedy tokens, the same to the last, and logits of the prompt to 1e-3."""
     transformers = pytest.importorskip("transformers")
     hf = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,63 +34,55 @@ def activate(h: Tensor, kind: Activation) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * ALPHA)
 
 
-def experts(
-    x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    up: Tensor,
-    down: Tensor,
-    *,
-    activation: Activation = "swiglu",
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    scale_input: bool = False,
-    dropless: bool = False,
-) -> Tensor:
+class Ffns(NamedTuple):
+    """The feed-forwards of E experts, fused."""
+
+    up: Tensor
+    """[E, 2I, d], gate rows first; [E, I, d] for gelu."""
+    down: Tensor
+    """[E, d, I]."""
+    up_bias: Tensor | None = None
+    """[E, 2I]."""
+    down_bias: Tensor | None = None
+    """[E, d]."""
+    activation: Activation = "swiglu"
+    scale_input: bool = False
+    """A row's weight multiplies what goes in, not what comes out (Llama 4)."""
+
+    @property
+    def bare(self) -> bool:
+        """Plain SwiGLU."""
+        biased = self.up_bias is not None or self.down_bias is not None
+        return self.activation == "swiglu" and not biased and not self.scale_input
+
+
+def experts(x: Tensor, weights: Tensor, ids: Tensor, ffns: Ffns, *, dropless: bool = False) -> Tensor:
     """sum_k weights[t, k] * FFN_{ids[t, k]}(x[t]) -> [T, d]: x [T, d], weights and ids [T, k].
 
-    up [E, 2I, d] (gate rows first; [E, I, d] for gelu), down [E, d, I], biases [E, 2I] and [E, d]. The id E
-    means no expert: it adds nothing; dropless promises that there is none. scale_input multiplies x, not
-    the result (Llama 4).
+    The id E means no expert: it adds nothing; dropless promises that there is none.
     """
-    by_expert = plan(ids, up.shape[0])
-    rows, scale, counts = by_expert.token, weights.flatten()[by_expert.order], by_expert.counts
-    return routed(
-        x, rows, scale, counts, up, down,
-        activation=activation, up_bias=up_bias, down_bias=down_bias, scale_input=scale_input,
-        dropless=dropless,
-    )  # fmt: skip
+    by_expert = plan(ids, ffns.up.shape[0])
+    scale = weights.flatten()[by_expert.order]
+    return routed(x, by_expert.token, scale, by_expert.counts, ffns, dropless=dropless)
 
 
 def routed(
-    x: Tensor,
-    token: Tensor,
-    scale: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    down: Tensor,
-    *,
-    activation: Activation = "swiglu",
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    scale_input: bool = False,
-    dropless: bool = False,
+    x: Tensor, token: Tensor, scale: Tensor, counts: Tensor, ffns: Ffns, *, dropless: bool = False
 ) -> Tensor:
     """The same for assignments sorted by expert: row r is token[r], times scale[r]; counts [E] int32.
 
     Rows behind the last count belong to no expert.
     """
-    extras = activation, up_bias, down_bias, scale_input
-    if _rust_takes(x, scale, token, counts, up, down, *extras):
+    up, down, up_bias, down_bias, activation, scale_input = ffns
+    if _rust_takes(x, token, scale, counts, ffns):
         grad = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, scale, up, down, up_bias, down_bias)
         )
-        bare = activation == "swiglu" and up_bias is None and down_bias is None and not scale_input
         if not grad:
-            if bare and _many_rows(x, token, counts):
+            if ffns.bare and _many_rows(x, token, counts):
                 return _mm_routed(x, token, scale, counts, up, down)[0]
-            return _rust_routed(x, token, scale, counts, up, down, *extras)[0]
-        if bare:
+            return _rust_routed(x, token, scale, counts, ffns)[0]
+        if ffns.bare:
             out: Tensor = _Routed.apply(x, scale, up, down, token, counts)
             return out
     product = _grouped_product if _aligned(x, up, down) else _looped_product
@@ -124,18 +116,8 @@ def routed(
 # with rows are read, bf16 weights are multiplied in fp32.
 
 
-def _rust_takes(
-    x: Tensor,
-    scale: Tensor,
-    token: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Activation,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    scale_input: bool,
-) -> bool:
+def _rust_takes(x: Tensor, token: Tensor, scale: Tensor, counts: Tensor, ffns: Ffns) -> bool:
+    up, down, up_bias, down_bias, activation, _ = ffns
     if x.device.type != "cpu" or choose(x) != "cpu" or activation not in GATED:
         return False
     tensors = x, scale, token, counts, up, down, up_bias, down_bias
@@ -157,19 +139,10 @@ def _rust_takes(
 
 
 def _rust_routed(
-    x: Tensor,
-    token: Tensor,
-    scale: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Activation = "swiglu",
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    scale_input: bool = False,
-    keep: bool = False,
+    x: Tensor, token: Tensor, scale: Tensor, counts: Tensor, ffns: Ffns, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The output, and [assignments, 2I] from before the activation (empty unless asked for)."""
+    up, down, up_bias, down_bias, activation, scale_input = ffns
     rows, scale, token, counts = (
         x.float().contiguous(),
         scale.float(),
@@ -235,8 +208,10 @@ class _Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, up, down, token, counts):  # type: ignore[no-untyped-def]
-        run = _mm_routed if _many_rows(x, token, counts) else _rust_routed
-        out, h = run(x, token, scale, counts, up, down, keep=True)
+        if _many_rows(x, token, counts):
+            out, h = _mm_routed(x, token, scale, counts, up, down, keep=True)
+        else:
+            out, h = _rust_routed(x, token, scale, counts, Ffns(up, down), keep=True)
         ctx.save_for_backward(x, scale, up, down, token, counts, h)
         return out
 

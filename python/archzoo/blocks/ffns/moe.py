@@ -15,7 +15,7 @@ from archzoo.blocks.ffns.glu import GLU, SwiGLUConfig
 from archzoo.blocks.ffns.mlp import MLP, MLPConfig
 from archzoo.blocks.linear import Linear
 from archzoo.blocks.registry import FfnConfig, Site, require
-from archzoo.ops.experts import GATED, Activation, experts, routed
+from archzoo.ops.experts import GATED, Activation, Ffns, experts, routed
 from archzoo.ops.linear import linear
 from archzoo.ops.moe import GroupScore, Score, capacity, gate
 
@@ -226,18 +226,11 @@ class MoE(nn.Module):
         if kept is not ids and c.renormalize:
             weights = weights * (kept < c.experts)
             weights = c.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts(
-            x,
-            weights,
-            kept,
-            self.experts.gate_up,
-            self.experts.down,
-            activation=c.activation,
-            up_bias=self.experts.gate_up_bias,
-            down_bias=self.experts.down_bias,
-            scale_input=c.scale_input,
-            dropless=kept is ids,
-        )
+        return experts(x, weights, kept, self._ffns(), dropless=kept is ids)
+
+    def _ffns(self) -> Ffns:
+        e, c = self.experts, self.config
+        return Ffns(e.gate_up, e.down, e.gate_up_bias, e.down_bias, c.activation, c.scale_input)
 
     def _kept(self, weights: Tensor, ids: Tensor, ctx: Context | None) -> Tensor:
         """`ids` with the number of experts for every assignment that is not carried out."""
@@ -266,19 +259,9 @@ class MoE(nn.Module):
         token = p.detach().sort(dim=-1, descending=True, stable=True).indices[:, :count]
         if ctx is not None and ctx.aux is not None:
             self._report_chosen(p.detach(), token, valid, ctx)
-        return routed(
-            x,
-            token.flatten(),
-            p.gather(1, token).flatten(),
-            torch.full((c.experts,), count, dtype=torch.int32, device=x.device),
-            self.experts.gate_up,
-            self.experts.down,
-            activation=c.activation,
-            up_bias=self.experts.gate_up_bias,
-            down_bias=self.experts.down_bias,
-            scale_input=c.scale_input,
-            dropless=True,
-        )
+        counts = torch.full((c.experts,), count, dtype=torch.int32, device=x.device)
+        scale = p.gather(1, token).flatten()
+        return routed(x, token.flatten(), scale, counts, self._ffns(), dropless=True)
 
     def _report_chosen(self, p: Tensor, token: Tensor, valid: Tensor | None, ctx: Context) -> None:
         """`dropped` is the share of tokens that no expert took."""
