@@ -5,7 +5,7 @@ use archzoo_simd::math::{self, LANES, from_bf16, from_f16};
 use archzoo_simd::multiversion;
 
 use crate::parallel::Disjoint;
-use crate::top_k::{self, TOGETHER};
+use crate::top_k::{self, Candidates, TOGETHER};
 use crate::{Error, InstructionSet, Threads};
 
 /// Row-major router logits `[tokens, experts]`.
@@ -260,6 +260,7 @@ fn rows<const W: usize>(
     let by_score = gate.chooses_by_score();
     let mut groups = Groups::new(gate);
     let mut chosen = vec![0u32; TOGETHER * top_k];
+    let mut candidates = [const { Candidates::new() }; TOGETHER];
     let (mut max, mut sum) = ([0.0; TOGETHER], [1.0; TOGETHER]);
 
     let blocks = weights.chunks_mut(TOGETHER * top_k).zip(ids.chunks_mut(TOGETHER * top_k));
@@ -296,7 +297,7 @@ fn rows<const W: usize>(
             }
         }
         let values = if by_score || limited { &choice } else { &logit };
-        top_k::top_k::<W>(&values[..count * padded], padded, top_k, &mut chosen);
+        top_k::top_k::<W>(&values[..count * padded], padded, top_k, &mut candidates, &mut chosen);
 
         if softmax && !by_score {
             for (i, logit) in logit.chunks_exact(padded).enumerate().take(count) {

@@ -19,7 +19,13 @@ pub const TOGETHER: usize = 8;
 /// The `k`-th largest column maximum bounds the `k`-th largest value from below, and few values reach that
 /// bound. A candidate's place is the number of candidates before it, so no step depends on the one before.
 #[inline(always)]
-pub fn top_k<const W: usize>(values: &[f32], length: usize, k: usize, found: &mut [u32]) {
+pub fn top_k<const W: usize>(
+    values: &[f32],
+    length: usize,
+    k: usize,
+    candidates: &mut [Candidates; TOGETHER],
+    found: &mut [u32],
+) {
     let rows = values.chunks_exact(length);
     if k > W {
         return rows.zip(found.chunks_exact_mut(k)).for_each(|(row, found)| sort(row, found));
@@ -28,7 +34,6 @@ pub fn top_k<const W: usize>(values: &[f32], length: usize, k: usize, found: &mu
     for (bound, row) in bounds.iter_mut().zip(rows.clone()) {
         *bound = kth_maximum::<W>(row, k);
     }
-    let mut candidates = [const { Candidates::new() }; TOGETHER];
     for ((candidates, &bound), row) in candidates.iter_mut().zip(&bounds).zip(rows.clone()) {
         candidates.fill(row, bound);
     }
@@ -65,20 +70,21 @@ fn kth_maximum<const W: usize>(values: &[f32], k: usize) -> f32 {
 }
 
 /// The values of a row that reach its bound, in the order of their indices.
-struct Candidates {
+pub struct Candidates {
     values: [f32; CANDIDATES + STEP],
     indices: [u32; CANDIDATES + STEP],
     count: usize,
 }
 
 impl Candidates {
-    const fn new() -> Self {
-        Self { values: [0.0; CANDIDATES + STEP], indices: [0; CANDIDATES + STEP], count: 0 }
+    pub const fn new() -> Self {
+        Self { values: [f32::NEG_INFINITY; CANDIDATES + STEP], indices: [0; CANDIDATES + STEP], count: 0 }
     }
 
     /// With a count above `CANDIDATES` they are too many to be kept.
     #[inline(always)]
     fn fill(&mut self, row: &[f32], bound: f32) {
+        self.values.fill(f32::NEG_INFINITY);
         let mut n = 0;
         for (word, part) in row.chunks(64).enumerate() {
             let mut mask = 0u64;
@@ -102,7 +108,7 @@ impl Candidates {
             }
             n = end;
         }
-        self.values[n..].fill(f32::NEG_INFINITY);
+        self.values[n..n + STEP].fill(f32::NEG_INFINITY);
         self.count = n;
     }
 
@@ -180,7 +186,7 @@ pub fn sort(values: &[f32], found: &mut [u32]) {
 
 #[cfg(test)]
 mod tests {
-    use super::top_k;
+    use super::{Candidates, TOGETHER, top_k};
     use proptest::prelude::*;
 
     fn expected(values: &[f32], k: usize) -> Vec<u32> {
@@ -204,9 +210,10 @@ mod tests {
             let mut padded = values;
             padded.resize(padded.len().next_multiple_of(64), f32::NEG_INFINITY);
             let mut found = vec![0; k];
-            top_k::<16>(&padded, padded.len(), k, &mut found);
+            let mut candidates = [const { Candidates::new() }; TOGETHER];
+            top_k::<16>(&padded, padded.len(), k, &mut candidates, &mut found);
             prop_assert_eq!(&found, &expected);
-            top_k::<64>(&padded, padded.len(), k, &mut found);
+            top_k::<64>(&padded, padded.len(), k, &mut candidates, &mut found);
             prop_assert_eq!(&found, &expected);
         }
     }
