@@ -14,7 +14,7 @@ pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
 pub use header::{Header, TensorInfo};
-pub use reader::{Reader, Request};
+pub use reader::{Reader, Request, parse_index};
 pub use writer::{Tensor, save};
 
 /// The file of an unsharded checkpoint.

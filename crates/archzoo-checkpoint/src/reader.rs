@@ -70,12 +70,6 @@ impl Reader {
         let mut names: Vec<&str> = files.values().map(String::as_str).collect();
         names.sort_unstable();
         names.dedup();
-        for name in &names {
-            if name.is_empty() || *name == "." || *name == ".." || name.contains(['/', '\\', '\0']) {
-                let message = format!("weight_map: expected plain file names, found {name:?}");
-                return Err(Error::new(index, message));
-            }
-        }
         let folder = index.parent().unwrap_or(Path::new(""));
         let shards: Vec<Shard> = names
             .par_iter()
@@ -204,12 +198,26 @@ impl Shard {
     }
 }
 
-/// The file name of each tensor.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+/// The JSON of an index file: the file name of each tensor, none of which leads out of the folder.
+pub fn parse_index(json: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: UniqueMap,
     }
+    let index: Index = serde_json::from_slice(json).map_err(|e| Error::new(path, e.to_string()))?;
+    let files = index.weight_map.0;
+    let plain = |name: &str| {
+        !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+    };
+    match files.values().find(|name| !plain(name)) {
+        None => Ok(files),
+        Some(name) => {
+            Err(Error::new(path, format!("weight_map: expected plain file names, found {name:?}")))
+        }
+    }
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let size = fs::metadata(path).map_err(Error::io(path, "open"))?.len();
     if size > MAX_HEADER {
         return Err(Error::new(path, format!("expected at most {MAX_HEADER} bytes, found {size}")));
@@ -219,7 +227,5 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
         File::open(path)?.take(MAX_HEADER).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = read(path).map_err(Error::io(path, "read"))?;
-    let index: Index = serde_json::from_slice(&bytes).map_err(|e| Error::new(path, e.to_string()))?;
-    Ok(index.weight_map.0)
+    parse_index(&read(path).map_err(Error::io(path, "read"))?, path)
 }
