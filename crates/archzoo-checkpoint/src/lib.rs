@@ -14,6 +14,7 @@ mod header;
 mod manifest;
 mod read;
 mod reader;
+mod spread;
 mod writer;
 
 pub use dtype::Dtype;
