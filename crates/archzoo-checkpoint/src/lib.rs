@@ -15,6 +15,7 @@ mod manifest;
 mod read;
 mod reader;
 mod spread;
+mod stream;
 mod writer;
 
 pub use dtype::Dtype;
