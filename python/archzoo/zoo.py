@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -96,13 +99,26 @@ def load(
     cfg, family = checkpoint.read_config(folder, mtp)
     reader = checkpoint.open(folder)
     model = skeleton(cfg, dtype or torch.float32)
-    forms = checkpoint.match(model, reader, family)
-    if dtype is None:
-        checkpoint.adopt_dtypes(model, reader, family, forms)
-    model.to_empty(device=device)
-    with checkpoint.shown(reader, f"read {reader.path.name}", progress):
-        checkpoint.read_into(model, reader, family, forms, verify=verify)
+    with _uncollected():
+        forms = checkpoint.match(model, reader, family)
+        if dtype is None:
+            checkpoint.adopt_dtypes(model, reader, family, forms)
+        model.to_empty(device=device)
+        with checkpoint.shown(reader, f"read {reader.path.name}", progress):
+            checkpoint.read_into(model, reader, family, forms, verify=verify)
     return model.eval()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which would look again and again at the many views of many experts."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def save(
