@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from archzoo.configuration import ModelConfig
 from archzoo.costs import Cost
 from archzoo.costs import cost as config_cost
 from archzoo.errors import InputError, UnknownNameError
-from archzoo.model import CausalLM
+from archzoo.model import CausalLM, skeleton
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -71,22 +74,11 @@ def build(
     if not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point type, found {dtype}")
     cfg = config(model) if isinstance(model, str) else model
-    built = _skeleton(cfg, dtype)
+    built = skeleton(cfg, dtype)
     if torch.device(device).type != "meta":
         built.to_empty(device=device)
         built.init_weights(seed)
     return built
-
-
-def _skeleton(cfg: ModelConfig, dtype: torch.dtype) -> CausalLM:
-    """The module on `meta`: shapes only."""
-    with torch.device("meta"):
-        model = CausalLM(cfg)
-        keep = {name: buffer.dtype for name, buffer in model.named_buffers()}
-        model = model.to(dtype)
-        for name, buffer in model.named_buffers():  # router biases stay fp32
-            buffer.data = buffer.data.to(keep[name])
-    return model
 
 
 def load(
@@ -95,22 +87,38 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     mtp: bool = False,
+    verify: bool = False,
+    progress: bool = False,
 ) -> CausalLM:
     """The model of any supported Hugging Face folder; the family is found from its files.
 
     dtype None keeps the stored one. DeepSeek-V3's and GLM-4.5's multi-token prediction modules are left out,
-    as transformers does, unless `mtp`. All or nothing: an error leaves no half-loaded model.
+    as transformers does, unless `mtp`. `verify` compares the weights with their checksums, where the folder
+    has such; `progress` shows a bar. All or nothing: an error leaves no half-loaded model.
     """
     cfg, family = checkpoint.read_config(folder, mtp)
     reader = checkpoint.open(folder)
-    model = _skeleton(cfg, dtype or torch.float32)
-    if dtype is None:
-        checkpoint.adopt_dtypes(model, reader, family)
-    else:
-        checkpoint.match(model, reader, family)
-    model.to_empty(device=device)
-    checkpoint.read_into(model, reader, family)
+    model = skeleton(cfg, dtype or torch.float32)
+    with _uncollected():
+        forms = checkpoint.match(model, reader, family)
+        if dtype is None:
+            checkpoint.adopt_dtypes(model, reader, family, forms)
+        model.to_empty(device=device)
+        with checkpoint.shown(reader, f"read {reader.path.name}", progress):
+            checkpoint.read_into(model, reader, family, forms, verify=verify)
     return model.eval()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which would look again and again at the many views of many experts."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def save(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +35,15 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+CASTS = {torch.float32, torch.bfloat16, torch.float16}  # cast into each other while they are read
+
+
+class Part(NamedTuple):
+    """What is read of a tensor: `start, stop` on its first dims, all of the others, into `destination`."""
+
+    name: str
+    destination: Tensor
+    ranges: tuple[tuple[int, int], ...] = ()
 
 
 @contextmanager
@@ -53,17 +67,39 @@ class Reader:
         self.path = Path(path)
         with _faults():
             self._reader = _rust.CheckpointReader(str(path))
+        self._infos = self._reader.infos()
 
     def keys(self) -> list[str]:
-        return self._reader.keys()
+        """Names of the tensors: by file name, then in the order of their bytes."""
+        return list(self._infos)
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...], str]:
         """(dtype, shape, file) of one tensor."""
-        with _faults():
-            tag, shape, file = self._reader.info(name)
+        if name not in self._infos:
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}': expected in the checkpoint, found in no file"
+            )
+        tag, shape, file, _ = self._infos[name]
         if tag not in DTYPES:
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {tag}, which torch cannot hold")
-        return DTYPES[tag], tuple(shape), file
+        return DTYPES[tag], shape, file
+
+    def mapped(self, name: str) -> Tensor:
+        """One tensor as a private map of the file: its bytes are read when they are used, and may be dropped.
+
+        The file must stay as it is while the tensor is used.
+        """
+        dtype, shape, file = self.info(name)
+        start = self._infos[name][3]
+        stop = start + math.prod(shape) * dtype.itemsize
+        raw = torch.from_file(file, shared=False, size=stop, dtype=torch.uint8)[start:]
+        aligned = raw if start % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).reshape(shape)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        infos = (self.info(name) for name in self.keys())
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in infos)
 
     def dtype(self) -> torch.dtype:
         """The most frequent floating-point dtype by bytes."""
@@ -74,34 +110,52 @@ class Reader:
                 total[dtype] = total.get(dtype, 0) + int(np.prod(shape))
         return max(total, key=lambda d: total[d]) if total else torch.float32
 
-    def read_into(self, targets: Mapping[str, Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
-        """Read tensors (or row ranges of them) straight into contiguous CPU tensors of the stored dtype."""
-        requests = []
-        for name, target in targets.items():
-            tensor, rows = target if isinstance(target, tuple) else (target, None)
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have been read from the tensors so far, also by a read that is under way."""
+        return self._reader.bytes_read
+
+    def read_into(self, targets: Mapping[str, Tensor], *, verify: bool = False) -> None:
+        """Read tensors straight into contiguous CPU tensors of their shape; `read_parts` tells the rest."""
+        self.read_parts([Part(name, tensor) for name, tensor in targets.items()], verify=verify)
+
+    def read_parts(self, parts: Iterable[Part], *, verify: bool = False) -> None:
+        """Read tensors, or boxes of them, straight into contiguous CPU tensors, all in parallel.
+
+        Between float32, bfloat16 and float16 they are cast on the way, rounded to nearest even. With `verify`
+        tensors that are read as a whole are compared with their checksums, where the file has such.
+        """
+        requests, parts = [], list(parts)  # which keep the memory
+        for name, tensor, ranges in parts:
             dtype, shape, file = self.info(name)
-            wanted = shape if rows is None else (rows[1] - rows[0], *shape[1:])
-            if tensor.dtype != dtype or tuple(tensor.shape) != wanted or not tensor.is_contiguous():
+            wanted = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
+            cast = tensor.dtype != dtype
+            fits = not cast or {tensor.dtype, dtype} <= CASTS
+            fits = fits and tensor.device.type == "cpu"
+            if not fits or tensor.shape != wanted or not tensor.is_contiguous():
+                order = "" if tensor.is_contiguous() else ", not contiguous"
                 raise CheckpointError(
                     f"{file}: tensor '{name}' is {dtype} {list(wanted)}, the destination is "
-                    f"{tensor.dtype} {list(tensor.shape)}"
+                    f"{tensor.dtype} {list(tensor.shape)}{order}"
                 )
-            requests.append((name, bytes_of(tensor), rows))
+            tag = TAGS[tensor.dtype] if cast else None
+            requests.append((name, tensor.data_ptr(), tensor.nbytes, list(ranges), tag))
         with _faults():
-            self._reader.read_into(requests)
+            self._reader.read_into(requests, verify)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or the rows `start:stop` of it."""
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """One tensor, or the rows `start:stop` (dim 0) and columns (dim 1) of it."""
         dtype, shape, _ = self.info(name)
-        if rows is None:
-            out = torch.empty(shape, dtype=dtype)
-            self.read_into({name: out})
-            return out
-        start, stop, step = rows.indices(shape[0] if shape else 0)
-        if step != 1 or stop < start:
-            raise InputError(f"rows must be a plain start:stop range, found {rows}")
-        out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        self.read_into({name: (out, (start, stop))})
+        ranges = []
+        for dim, part in enumerate((rows, columns) if columns else (rows,) if rows else ()):
+            size = shape[dim] if dim < len(shape) else 0
+            start, stop, step = (part or slice(None)).indices(size)
+            if step != 1 or stop < start:
+                raise InputError(f"rows and columns must be plain start:stop ranges, found {part}")
+            ranges.append((start, stop))
+        sizes = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
+        out = torch.empty(sizes, dtype=dtype)
+        self.read_parts([Part(name, out, tuple(ranges))])
         return out
 
 
@@ -110,15 +164,67 @@ def open(path: str | Path) -> Reader:
     return Reader(path)
 
 
-def load(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file or folder."""
+def load(path: str | Path, *, verify: bool = False, progress: bool = False) -> dict[str, Tensor]:
+    """All tensors of a file or folder; with `verify` compared with their checksums."""
     reader = Reader(path)
     out = {}
     for name in reader.keys():  # noqa: SIM118
         dtype, shape, _ = reader.info(name)
         out[name] = torch.empty(shape, dtype=dtype)
-    reader.read_into(out)
+    with shown(reader, f"read {reader.path.name}", progress):
+        reader.read_into(out, verify=verify)
     return out
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` has read without finding a fault."""
+
+    tensors: int
+    bytes: int
+    unchecked: tuple[Path, ...]
+    """Files without checksums: only their structure was checked."""
+
+
+def verify(path: str | Path, *, progress: bool = False) -> Verified:
+    """Check every byte of a file or folder against its checksums, in parallel.
+
+    Raises CheckpointError, a line for each fault, with file, tensor, expected and found. Of files without
+    checksums, as the public savers write them, only the structure can be checked; they are listed.
+    """
+    reader = Reader(path)
+    with shown(reader, f"verify {reader.path.name}", progress), _faults():
+        faults = reader._reader.verify()
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    return Verified(len(reader.keys()), reader.bytes_read, tuple(reader._reader.unchecked_files))
+
+
+@contextmanager
+def shown(reader: Reader, what: str, progress: bool) -> Iterator[None]:
+    """A progress bar of the bytes that the block reads, if `progress`."""
+    if not progress:
+        yield
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    done, before = Event(), reader.bytes_read
+    with Progress(*columns) as bar:
+        task = bar.add_task(what, total=reader.nbytes())
+
+        def follow() -> None:
+            while not done.wait(0.1):
+                bar.update(task, completed=reader.bytes_read - before)
+
+        thread = Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            bar.update(task, completed=reader.bytes_read - before)
 
 
 def shard_bytes(size: int | str) -> int:
@@ -157,7 +263,52 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def save(tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str = "4GB") -> None:
-    """Write tensors as a sharded safetensors folder, atomically."""
+@dataclass(frozen=True)
+class Contents:
+    """What a folder is to hold: tensors in shards, other files, and no longer the `obsolete` ones."""
+
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    obsolete: tuple[str, ...] = ()
+
+
+def write_contents(contents: Contents, folder: str | Path, max_shard_size: int | str) -> None:
+    """Write a folder atomically: until all of it is on the disk, an older one stays as it was."""
     with atomic_folder(folder) as tmp:
-        write_shards(tensors, tmp, max_shard_size)
+        for name, content in contents.files.items():
+            (tmp / name).write_bytes(content)
+        write_shards(contents.tensors, tmp, max_shard_size)
+    for name in contents.obsolete:  # carried over with an older folder's other files
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
+    """A checkpoint as `save` writes it anew: tensors that stay in their files until then, and other files.
+
+    With `dtype` floating-point tensors of at least 16 bits are cast, in memory.
+    """
+    tensors = {name: reader.mapped(name) for name in reader.keys()}  # noqa: SIM118
+    if dtype is not None:
+        wide = {torch.float64, *CASTS}
+        tensors = {name: t.to(dtype) if t.dtype in wide else t for name, t in tensors.items()}
+    folder = reader.path if reader.path.is_dir() else None
+    files = {}
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.is_file() and not (
+            path.name.startswith("model") and path.suffix in (".json", ".safetensors")
+        ):
+            files[path.name] = path.read_bytes()
+    if dtype is not None and "config.json" in files:
+        config = json.loads(files["config.json"])
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("dtype", None)
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    return Contents(tensors, files)
+
+
+def save(
+    tensors: Mapping[str, Tensor] | Contents, folder: str | Path, max_shard_size: int | str = "4GB"
+) -> None:
+    """Write tensors, or what `training_state` gives, as a sharded safetensors folder, atomically."""
+    contents = tensors if isinstance(tensors, Contents) else Contents(tensors)
+    write_contents(contents, folder, max_shard_size)
