@@ -3,13 +3,18 @@
 //! [`Reader`] checks every header, and the index against the headers, before a byte is used; [`save`] writes
 //! shards and their index; [`FolderWriter`] puts a finished folder in the place of an older one in one step.
 
+mod bitstream;
+mod container;
 mod dtype;
 mod error;
 mod folder;
 mod header;
+mod huffman;
+mod planes;
 mod reader;
 mod writer;
 
+pub use container::{compress, decompress};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
