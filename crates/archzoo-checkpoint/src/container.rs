@@ -355,7 +355,7 @@ impl<S: Source> Container<S> {
     }
 }
 
-fn fault(message: String) -> io::Error {
+pub(crate) fn fault(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, message)
 }
 

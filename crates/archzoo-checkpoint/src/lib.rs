@@ -5,6 +5,7 @@
 
 mod bitstream;
 mod container;
+mod dfloat11;
 mod dtype;
 mod error;
 mod folder;
@@ -15,6 +16,7 @@ mod reader;
 mod writer;
 
 pub use container::{compress, decompress};
+pub use dfloat11::{Buffers, Encoded, decode_dfloat11, encode_dfloat11};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
