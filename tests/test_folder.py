@@ -198,7 +198,8 @@ def tensors(change: Callable[[dict[str, Tensor]], object]) -> Change:
         for path in folder.glob("model*"):
             path.unlink()
         save_tensors(stored, folder / "new")
-        (folder / "new" / "model.safetensors").rename(folder / "model.safetensors")
+        for path in (folder / "new").iterdir():
+            path.rename(folder / path.name)
         (folder / "new").rmdir()
 
     return rewrite
@@ -414,7 +415,8 @@ def test_save_over_another_model(tmp_path: Path) -> None:
     (target / "README.md").write_text("kept")
     model = archzoo.build(archzoo.config(LLAMA).tiny())  # its layout has no hybrid_config.json
     archzoo.save(model, target, extra_files={"tokenizer.json": b"{}"})
-    assert sorted(files(target)) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    weights = ["model.manifest.json", "model.safetensors"]
+    assert sorted(files(target)) == ["README.md", "config.json", *weights, "tokenizer.json"]
     assert archzoo.load(target).config.specs == model.config.specs
 
 

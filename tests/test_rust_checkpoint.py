@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Tensor]:
     for name in reader.keys():  # noqa: SIM118
         tag, shape, _ = reader.info(name)
         tensors[name] = torch.empty(shape, dtype=DTYPES[tag])
-    reader.read_into([(name, bytes_of(tensor), None) for name, tensor in tensors.items()])
+    reader.read_into([(name, bytes_of(tensor), [], None) for name, tensor in tensors.items()])
     return tensors
 
 
@@ -78,6 +78,12 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         np.testing.assert_array_equal(bytes_of(found[name]), bytes_of(tensor), err_msg=name)
 
 
+def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
 # Round trips
 
 
@@ -86,7 +92,15 @@ def test_a_single_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     write(tmp_path, tensors)
     theirs = tmp_path / "theirs.safetensors"
     safetensors.torch.save_file(tensors, theirs, metadata={"format": "pt"})
-    assert (tmp_path / "model.safetensors").read_bytes() == theirs.read_bytes()
+    (ours_header, ours_data), (their_header, their_data) = map(
+        header_and_data, (tmp_path / "model.safetensors", theirs)
+    )
+    assert ours_data == their_data
+    metadata = ours_header.pop("__metadata__")
+    assert their_header.pop("__metadata__") == {"format": "pt"}
+    assert list(ours_header.items()) == list(their_header.items())
+    assert metadata.keys() == {"format", "archzoo.xxh3"}
+    assert json.loads(metadata["archzoo.xxh3"]).keys() == tensors.keys()
     assert_equal(read(theirs), tensors)
     assert_equal(read(tmp_path), tensors)
     assert_equal(safetensors.torch.load_file(tmp_path / "model.safetensors"), tensors)
@@ -126,7 +140,7 @@ def test_row_ranges(tmp_path: Path, rows: tuple[int, int], dtype: torch.dtype) -
     tensor = torch.randn(7, 3, 2).to(dtype)
     reader = CheckpointReader(write(tmp_path, {"other": torch.ones(3), "a": tensor}))
     found = torch.empty(rows[1] - rows[0], 3, 2, dtype=dtype)
-    reader.read_into([("a", bytes_of(found), rows)])
+    reader.read_into([("a", bytes_of(found), [rows], None)])
     assert torch.equal(found, tensor[slice(*rows)])
 
 
@@ -134,7 +148,7 @@ def test_rows_of_one_tensor_into_parts_of_another(tmp_path: Path) -> None:
     experts = torch.randn(4, 8, 8)
     write(tmp_path, {f"experts.{i}": expert.clone() for i, expert in enumerate(experts)}, 300)
     fused = torch.zeros(4, 8, 8)
-    CheckpointReader(tmp_path).read_into([(f"experts.{i}", bytes_of(fused[i]), None) for i in range(4)])
+    CheckpointReader(tmp_path).read_into([(f"experts.{i}", bytes_of(fused[i]), [], None) for i in range(4)])
     assert torch.equal(fused, experts)
 
 
@@ -152,7 +166,7 @@ def test_an_open_reader_keeps_what_it_opened(tmp_path: Path) -> None:
                 reader = CheckpointReader(final)
             writer.commit()
     found = torch.empty(4, dtype=torch.int64)
-    reader.read_into([("a", bytes_of(found), None)])
+    reader.read_into([("a", bytes_of(found), [], None)])
     assert found.tolist() == [1] * 4
     assert read(final)["a"].tolist() == [2] * 4
 
@@ -163,20 +177,28 @@ def test_an_open_reader_keeps_what_it_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [
-        (("b", np.zeros(16, np.uint8), None), CheckpointError, 'tensor "b": expected in the checkpoint'),
-        (("a", np.zeros(15, np.uint8), None), CheckpointError, 'tensor "a": .*expected 16 bytes, found 15'),
-        (("a", np.zeros(0, np.uint8), (2, 1)), CheckpointError, r"start <= end <= 2, found 2\.\.1"),
-        (("a", np.zeros(0, np.uint8), (0, 3)), CheckpointError, r"start <= end <= 2, found 0\.\.3"),
-        (("s", np.zeros(4, np.uint8), (0, 1)), CheckpointError, 'tensor "s": .*found a scalar'),
-        (("a", np.zeros(32, np.uint8)[::2], None), ValueError, 'destination of "a" must be contiguous'),
-        (("a", np.frombuffer(bytes(16), np.uint8), None), ValueError, 'destination of "a".*not writeable'),
+        (("b", np.zeros(16, np.uint8), [], None), CheckpointError, '"b": expected in the checkpoint'),
+        (
+            ("a", np.zeros(15, np.uint8), [], None),
+            CheckpointError,
+            "expected 16 bytes, found 15",
+        ),
+        (("a", np.zeros(0, np.uint8), [(2, 1)], None), CheckpointError, r"start <= end <= 2, found 2\.\.1"),
+        (("a", np.zeros(0, np.uint8), [(0, 3)], None), CheckpointError, r"start <= end <= 2, found 0\.\.3"),
+        (("s", np.zeros(4, np.uint8), [(0, 1)], None), CheckpointError, 'tensor "s": .*found a scalar'),
+        (("a", np.zeros(32, np.uint8)[::2], [], None), ValueError, 'destination of "a" must be contiguous'),
+        (
+            ("a", np.frombuffer(bytes(16), np.uint8), [], None),
+            ValueError,
+            'of "a".*not writeable',
+        ),
     ],
 )
 def test_bad_requests(tmp_path: Path, request_: Any, error: type[Exception], message: str) -> None:
     reader = CheckpointReader(write(tmp_path, {"a": torch.ones(2, 2), "s": torch.ones(())}))
     good = np.zeros(16, np.uint8)
     with pytest.raises(error, match=message):
-        reader.read_into([("a", good, None), request_])
+        reader.read_into([("a", good, [], None), request_])
     assert not good.any()  # nothing is read when one request is bad
 
 
@@ -184,7 +206,7 @@ def test_destinations_must_not_overlap(tmp_path: Path) -> None:
     reader = CheckpointReader(write(tmp_path, {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}))
     buffer = torch.zeros(7)
     with pytest.raises(ValueError, match='destinations of "a" and "b" overlap'):
-        reader.read_into([("a", bytes_of(buffer[:4]), None), ("b", bytes_of(buffer[3:]), None)])
+        reader.read_into([("a", bytes_of(buffer[:4]), [], None), ("b", bytes_of(buffer[3:]), [], None)])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +323,7 @@ def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
     reader = CheckpointReader(write(tmp_path, {"a": torch.ones(100)}))
     os.truncate(tmp_path / "model.safetensors", 200)
     with pytest.raises(CheckpointError, match=r'model\.safetensors: tensor "a": cannot read'):
-        reader.read_into([("a", np.zeros(400, np.uint8), None)])
+        reader.read_into([("a", np.zeros(400, np.uint8), [], None)])
 
 
 SHARD_1, SHARD_2 = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -466,6 +488,7 @@ def test_other_files_are_carried_over_and_old_weights_are_not(tmp_path: Path) ->
         "assets",
         "config.json",
         "link",
+        "model.manifest.json",
         "model.safetensors",
         "tokenizer.json",
     ]

@@ -73,8 +73,27 @@ class CheckpointReader:
         """Names of the tensors: by file name, then in the order of their bytes."""
     def info(self, name: str) -> tuple[str, tuple[int, ...], str]:
         """Dtype as the format writes it ("F32", "BF16", ...), shape, and path of the file."""
-    def read_into(self, requests: list[tuple[str, npt.NDArray[np.uint8], tuple[int, int] | None]]) -> None:
-        """Reads tensors, or rows `start..end` of them, into contiguous byte arrays of the same length."""
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have been read from the tensors so far, also by a read that is under way."""
+    @property
+    def unchecked_files(self) -> list[Path]:
+        """Files whose tensors have no checksums."""
+    def verify(self) -> list[str]:
+        """Reads every byte and compares it with the manifest and the checksums, where there are such.
+
+        What is wrong, in the order of the files.
+        """
+    def read_into(
+        self,
+        requests: list[tuple[str, npt.NDArray[np.uint8], list[tuple[int, int]], str | None]],
+        verify: bool = False,
+    ) -> None:
+        """Reads tensors, or boxes of them, into contiguous byte arrays of the same length.
+
+        requests: name, array, `start..end` on the first dimensions, dtype of the array if not the tensor's
+        (rounded to nearest even). With `verify` whole tensors are compared with their checksums.
+        """
 
 @final
 class FolderWriter:

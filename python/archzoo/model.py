@@ -349,3 +349,14 @@ class CausalLM(nn.Module):
         workers = torch.get_num_threads() if device.type == "cpu" else 1
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, jobs))
+
+
+def skeleton(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
+    """The module on `meta`: shapes only. Buffers keep their own dtype: router biases stay fp32."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+        keep = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        model = model.to(dtype)
+        for name, buffer in model.named_buffers():
+            buffer.data = buffer.data.to(keep[name])
+    return model

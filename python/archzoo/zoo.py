@@ -15,7 +15,7 @@ from archzoo.configuration import ModelConfig
 from archzoo.costs import Cost
 from archzoo.costs import cost as config_cost
 from archzoo.errors import InputError, UnknownNameError
-from archzoo.model import CausalLM
+from archzoo.model import CausalLM, skeleton
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -71,22 +71,11 @@ def build(
     if not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point type, found {dtype}")
     cfg = config(model) if isinstance(model, str) else model
-    built = _skeleton(cfg, dtype)
+    built = skeleton(cfg, dtype)
     if torch.device(device).type != "meta":
         built.to_empty(device=device)
         built.init_weights(seed)
     return built
-
-
-def _skeleton(cfg: ModelConfig, dtype: torch.dtype) -> CausalLM:
-    """The module on `meta`: shapes only."""
-    with torch.device("meta"):
-        model = CausalLM(cfg)
-        keep = {name: buffer.dtype for name, buffer in model.named_buffers()}
-        model = model.to(dtype)
-        for name, buffer in model.named_buffers():  # router biases stay fp32
-            buffer.data = buffer.data.to(keep[name])
-    return model
 
 
 def load(
@@ -103,7 +92,7 @@ def load(
     """
     cfg, family = checkpoint.read_config(folder, mtp)
     reader = checkpoint.open(folder)
-    model = _skeleton(cfg, dtype or torch.float32)
+    model = skeleton(cfg, dtype or torch.float32)
     if dtype is None:
         checkpoint.adopt_dtypes(model, reader, family)
     else:

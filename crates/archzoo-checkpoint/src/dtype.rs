@@ -46,10 +46,15 @@ impl Dtype {
         DTYPES.map(|(name, _)| name).join(", ")
     }
 
+    /// Bits of an element.
+    pub(crate) fn bits(self) -> u64 {
+        DTYPES[self.0 as usize].1
+    }
+
     /// Bytes of a tensor of this type; `None` if they overflow or end within a byte.
     pub fn bytes(self, shape: &[u64]) -> Option<u64> {
         let elements = shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size))?;
-        let bits = elements.checked_mul(DTYPES[self.0 as usize].1)?;
+        let bits = elements.checked_mul(self.bits())?;
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 }

@@ -10,7 +10,7 @@ use rustix::fs::{Access, AtFlags, CWD, FlockOperation, accessat, flock};
 use rustix::io::Errno;
 
 use crate::writer::sync_folder;
-use crate::{Error, INDEX_FILE, Result};
+use crate::{Error, INDEX_FILE, MANIFEST_FILE, Result};
 
 /// Builds a folder beside its final place and puts it there in one step.
 ///
@@ -208,6 +208,7 @@ fn carry_over(old: &Path, new: &Path, top: bool) -> Result<()> {
 fn is_weights(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     name == INDEX_FILE
+        || name == MANIFEST_FILE
         || name.contains(".tmp-")
         || (name.starts_with("model") && name.ends_with(".safetensors"))
 }

@@ -1,9 +1,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
+use crate::checksum::{self, CHECKSUMS_KEY};
 use crate::{Dtype, Error, Result};
 
 /// Longest header that the format allows, in bytes.
@@ -23,15 +25,19 @@ pub struct TensorInfo {
     pub start: u64,
     /// Length in bytes.
     pub bytes: u64,
+    /// What its bytes should hash to, where the header says.
+    pub checksum: Option<u64>,
 }
 
 /// The checked header of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    /// Free-form strings.
+    /// Free-form strings, but for the checksums.
     pub metadata: BTreeMap<String, String>,
     /// Tensors in the order of their bytes.
     pub tensors: Vec<TensorInfo>,
+    /// Whether the tensors have checksums.
+    pub has_checksums: bool,
 }
 
 impl Header {
@@ -59,7 +65,14 @@ impl Header {
         if !json.starts_with('{') {
             return Err(fault(format!("header: expected '{{' first, found {:?}", json.chars().next())));
         }
-        let raw: RawHeader = serde_json::from_str(json).map_err(|e| fault(format!("header: {e}")))?;
+        let mut raw: RawHeader = serde_json::from_str(json).map_err(|e| fault(format!("header: {e}")))?;
+
+        let checksums = raw.metadata.remove(CHECKSUMS_KEY);
+        let has_checksums = checksums.is_some();
+        let checksums = match checksums.as_deref().map(checksum::parse_all) {
+            None => BTreeMap::new(),
+            Some(parsed) => parsed.map_err(|e| fault(format!("header: {CHECKSUMS_KEY}: {e}")))?,
+        };
 
         let data_start = 8 + json.len() as u64;
         let data_size = file_size - data_start.min(file_size);
@@ -105,7 +118,9 @@ impl Header {
                 return Err(fault(message));
             }
             position = end;
-            tensors.push(TensorInfo { name, dtype, shape: raw.shape, start: data_start + start, bytes });
+            let checksum = checksums.get(&name).copied();
+            let start = data_start + start;
+            tensors.push(TensorInfo { name, dtype, shape: raw.shape, start, bytes, checksum });
         }
         if position != data_size {
             let message = format!(
@@ -114,7 +129,7 @@ impl Header {
             );
             return Err(fault(message));
         }
-        Ok(Self { metadata: raw.metadata, tensors })
+        Ok(Self { metadata: raw.metadata, tensors, has_checksums })
     }
 }
 
@@ -162,22 +177,22 @@ impl<'de> Deserialize<'de> for RawHeader {
     }
 }
 
-/// A map of strings in which no key comes twice.
-pub(crate) struct UniqueMap(pub BTreeMap<String, String>);
+/// A map in which no key comes twice.
+pub(crate) struct UniqueMap<V = String>(pub BTreeMap<String, V>);
 
-impl<'de> Deserialize<'de> for UniqueMap {
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Map;
-        impl<'de> Visitor<'de> for Map {
-            type Value = UniqueMap;
+        struct Map<V>(PhantomData<V>);
+        impl<'de, V: Deserialize<'de>> Visitor<'de> for Map<V> {
+            type Value = UniqueMap<V>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a map of strings")
+                f.write_str("a map")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<UniqueMap, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<UniqueMap<V>, A::Error> {
                 let mut all = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, String>()? {
+                while let Some((key, value)) = map.next_entry::<String, V>()? {
                     if all.contains_key(&key) {
                         return Err(A::Error::custom(format!("key {key:?}: expected once, found twice")));
                     }
@@ -186,6 +201,6 @@ impl<'de> Deserialize<'de> for UniqueMap {
                 Ok(UniqueMap(all))
             }
         }
-        deserializer.deserialize_map(Map)
+        deserializer.deserialize_map(Map(PhantomData))
     }
 }

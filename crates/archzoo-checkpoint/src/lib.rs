@@ -1,9 +1,13 @@
 //! Sharded safetensors checkpoints.
 //!
 //! [`Reader`] checks every header, and the index against the headers, before a byte is used; [`save`] writes
-//! shards and their index; [`FolderWriter`] puts a finished folder in the place of an older one in one step.
+//! shards, their index and a manifest; [`FolderWriter`] puts a finished folder in the place of an older one in
+//! one step. [`Reader::verify`] checks every byte: the manifest holds the checksums of the headers, these hold
+//! the checksums of the tensors.
 
 mod bitstream;
+mod cast;
+mod checksum;
 mod container;
 mod dfloat11;
 mod dtype;
@@ -11,7 +15,9 @@ mod error;
 mod folder;
 mod header;
 mod huffman;
+mod manifest;
 mod planes;
+mod read;
 mod reader;
 mod writer;
 
@@ -21,10 +27,13 @@ pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
 pub use header::{Header, TensorInfo};
-pub use reader::{Reader, Request};
+pub use read::Request;
+pub use reader::{Reader, parse_index};
 pub use writer::{Tensor, save};
 
 /// The file of an unsharded checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
 /// The file that tells the shard of each tensor.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The file that tells the size and the checksum of the head of each of the others.
+pub const MANIFEST_FILE: &str = "model.manifest.json";

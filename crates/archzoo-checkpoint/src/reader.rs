@@ -3,41 +3,29 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
 use crate::header::{Header, MAX_HEADER, TensorInfo, UniqueMap};
 use crate::{Error, INDEX_FILE, Result, SINGLE_FILE};
 
-/// Large tensors are read in pieces of at least this many bytes (and less than twice as many).
-const PIECE: usize = 4 << 20;
-
 /// An open checkpoint. Its headers have been checked, and its files stay open: a folder that is replaced in
 /// the meantime does not change what is read.
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,
-    shards: Vec<Shard>,
+    pub(crate) shards: Vec<Shard>,
     /// Shard and position in its header.
     places: HashMap<String, (usize, usize)>,
+    pub(crate) bytes_read: AtomicU64,
 }
 
 #[derive(Debug)]
-struct Shard {
-    path: PathBuf,
+pub(crate) struct Shard {
+    pub(crate) path: PathBuf,
     file: File,
-    header: Header,
-}
-
-/// A tensor to read.
-#[derive(Debug)]
-pub struct Request<'a> {
-    /// Its name.
-    pub name: &'a str,
-    /// Where its bytes go: as long as what is read.
-    pub destination: &'a mut [u8],
-    /// Start and end on dimension 0; `None` for all.
-    pub rows: Option<(u64, u64)>,
+    pub(crate) header: Header,
 }
 
 impl Reader {
@@ -70,12 +58,6 @@ impl Reader {
         let mut names: Vec<&str> = files.values().map(String::as_str).collect();
         names.sort_unstable();
         names.dedup();
-        for name in &names {
-            if name.is_empty() || *name == "." || *name == ".." || name.contains(['/', '\\', '\0']) {
-                let message = format!("weight_map: expected plain file names, found {name:?}");
-                return Err(Error::new(index, message));
-            }
-        }
         let folder = index.parent().unwrap_or(Path::new(""));
         let shards: Vec<Shard> = names
             .par_iter()
@@ -110,7 +92,7 @@ impl Reader {
                 places.insert(tensor.name.clone(), (i, j));
             }
         }
-        Self { path: path.to_owned(), shards, places }
+        Self { path: path.to_owned(), shards, places, bytes_read: AtomicU64::new(0) }
     }
 
     /// All tensors with their files: by file name, then in the order of their bytes.
@@ -136,56 +118,40 @@ impl Reader {
         all.map(|(key, value)| (key.as_str(), value.as_str())).collect()
     }
 
-    /// Reads tensors, or rows of them, straight into their destinations, on the threads of rayon's current
-    /// pool. All requests are checked before the first byte is read.
-    pub fn read_into(&self, requests: Vec<Request>) -> Result<()> {
-        let mut pieces = Vec::with_capacity(requests.len());
-        for request in requests {
-            let (tensor, path) = self.tensor(request.name)?;
-            let fault = |message: String| Error::tensor(path, request.name, message);
-            let (first, bytes) = match request.rows {
-                None => (0, tensor.bytes),
-                Some((start, end)) => {
-                    let Some(&rows) = tensor.shape.first() else {
-                        return Err(fault("row range: expected a tensor with rows, found a scalar".into()));
-                    };
-                    if start > end || end > rows {
-                        return Err(fault(format!(
-                            "row range: expected start <= end <= {rows}, found {start}..{end}"
-                        )));
-                    }
-                    let row = tensor.dtype.bytes(&tensor.shape[1..]).ok_or_else(|| {
-                        fault(format!("row range: expected rows of whole bytes, found {}", tensor.dtype))
-                    })?;
-                    if rows == 0 { (0, 0) } else { (start * row, (end - start) * row) }
-                }
-            };
-            if request.destination.len() as u64 != bytes {
-                return Err(fault(format!(
-                    "destination: expected {bytes} bytes, found {}",
-                    request.destination.len()
-                )));
-            }
-            let (shard, _) = self.places[request.name];
-            let mut offset = tensor.start + first;
-            let count = (request.destination.len() / PIECE).max(1);
-            let size = request.destination.len().div_ceil(count).max(1);
-            for piece in request.destination.chunks_mut(size) {
-                let length = piece.len() as u64;
-                pieces.push((shard, offset, piece, request.name));
-                offset += length;
-            }
-        }
-        pieces.sort_unstable_by_key(|(shard, offset, ..)| (*shard, *offset));
-        pieces.into_par_iter().try_for_each(|(shard, offset, piece, name)| {
-            let Shard { path, file, .. } = &self.shards[shard];
-            file.read_exact_at(piece, offset)
-                .map_err(|error| Error { tensor: Some(name.to_owned()), ..Error::io(path, "read")(error) })
-        })
+    /// The folder that was opened, by its own name or that of its index.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        let is_index =
+            self.path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(".index.json"));
+        if is_index { self.path.parent() } else { Some(&*self.path).filter(|path| path.is_dir()) }
+    }
+
+    /// Files whose tensors have no checksums.
+    pub fn unchecked_files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().filter(|shard| !shard.header.has_checksums).map(|shard| shard.path.as_path())
+    }
+
+    /// Bytes that have been read from the tensors of this reader, also by a read that is under way.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    /// The shard of a tensor that [`tensor`](Self::tensor) has found.
+    pub(crate) fn shard_of(&self, name: &str) -> Option<&Shard> {
+        self.places.get(name).map(|&(shard, _)| &self.shards[shard])
     }
 }
 
 impl Shard {
+    /// Fills `bytes` from `offset` on, for tensor `name`, and counts them.
+    pub(crate) fn read(&self, bytes: &mut [u8], offset: u64, name: &str, count: &AtomicU64) -> Result<()> {
+        self.file.read_exact_at(bytes, offset).map_err(|error| Error {
+            tensor: Some(name.to_owned()),
+            ..Error::io(&self.path, "read")(error)
+        })?;
+        count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn open(path: &Path) -> Result<Self> {
         let kind = fs::metadata(path).map_err(Error::io(path, "open"))?;
         if !kind.is_file() {
@@ -204,12 +170,23 @@ impl Shard {
     }
 }
 
-/// The file name of each tensor.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+/// The JSON of an index file: the file name of each tensor, none of which leads out of the folder.
+pub fn parse_index(json: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: UniqueMap,
     }
+    let index: Index = serde_json::from_slice(json).map_err(|e| Error::new(path, e.to_string()))?;
+    let files = index.weight_map.0;
+    let plain =
+        |name: &str| !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    match files.values().find(|name| !plain(name)) {
+        None => Ok(files),
+        Some(name) => Err(Error::new(path, format!("weight_map: expected plain file names, found {name:?}"))),
+    }
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let size = fs::metadata(path).map_err(Error::io(path, "open"))?.len();
     if size > MAX_HEADER {
         return Err(Error::new(path, format!("expected at most {MAX_HEADER} bytes, found {size}")));
@@ -219,7 +196,5 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
         File::open(path)?.take(MAX_HEADER).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = read(path).map_err(Error::io(path, "read"))?;
-    let index: Index = serde_json::from_slice(&bytes).map_err(|e| Error::new(path, e.to_string()))?;
-    Ok(index.weight_map.0)
+    parse_index(&read(path).map_err(Error::io(path, "read"))?, path)
 }

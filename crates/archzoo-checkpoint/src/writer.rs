@@ -1,12 +1,15 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rayon::prelude::*;
 
+use crate::checksum::{self, CHECKSUMS_KEY, Checksum};
 use crate::header::{MAX_HEADER, METADATA_KEY};
-use crate::{Dtype, Error, INDEX_FILE, Result, SINGLE_FILE};
+use crate::manifest::{Entry, Manifest};
+use crate::{Dtype, Error, INDEX_FILE, MANIFEST_FILE, Result, SINGLE_FILE};
 
 /// A tensor to save.
 #[derive(Debug, Clone, Copy)]
@@ -21,11 +24,12 @@ pub struct Tensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Smaller writes are gathered.
+/// Smaller writes are gathered, and larger ones hashed and written in parts of this size.
 const BUFFER: usize = 1 << 20;
 
 /// Writes `model.safetensors`, or shards of at most `max_shard_bytes` of data (a larger tensor gets its own)
-/// and their index, into an existing folder. Same input, same bytes. When it returns, all is on the disk.
+/// and their index, and the manifest, into an existing folder. Same input, same bytes. When it returns, all
+/// is on the disk.
 ///
 /// Tensors are dealt to shards in the given order; shards are written on the threads of rayon's current pool.
 pub fn save(
@@ -60,13 +64,13 @@ pub fn save(
         1 => SINGLE_FILE.to_owned(),
         count => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
     };
-    shards
+    let mut entries: BTreeMap<String, Entry> = shards
         .par_iter()
         .enumerate()
-        .map(|(i, shard)| write_shard(&folder.join(file_name(i)), shard, metadata))
+        .map(|(i, shard)| Ok((file_name(i), write_shard(&folder.join(file_name(i)), shard, metadata)?)))
         .collect::<Vec<_>>()
         .into_iter()
-        .collect::<Result<()>>()?;
+        .collect::<Result<_>>()?;
     if shards.len() > 1 {
         let weight_map: BTreeMap<&str, String> = shards
             .iter()
@@ -75,8 +79,10 @@ pub fn save(
             .map(|(name, i)| (name, file_name(i)))
             .collect();
         let total_size: u64 = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
-        write_index(&folder.join(INDEX_FILE), total_size, &weight_map)?;
+        let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
+        entries.insert(INDEX_FILE.to_owned(), write(&folder.join(INDEX_FILE), pretty(&index))?);
     }
+    write(&folder.join(MANIFEST_FILE), pretty(&Manifest::new(entries)))?;
     sync_folder(folder)
 }
 
@@ -102,24 +108,44 @@ fn plan<'a>(tensors: &[Tensor<'a>], max_shard_bytes: u64) -> Vec<Vec<Tensor<'a>>
     shards
 }
 
-fn write_shard(path: &Path, tensors: &[Tensor], metadata: &BTreeMap<String, String>) -> Result<()> {
-    let header = header(tensors, metadata).map_err(Error::io(path, "write the header"))?;
-    if header.len() as u64 > MAX_HEADER {
-        let message = format!("header length: expected at most {MAX_HEADER} bytes, found {}", header.len());
+/// Writes a shard and returns its entry in the manifest.
+fn write_shard(path: &Path, tensors: &[Tensor], metadata: &BTreeMap<String, String>) -> Result<Entry> {
+    // Every checksum has the same length, so the header's is known before they are.
+    let json =
+        |checksums: &[u64]| header(tensors, checksums, metadata).map_err(Error::io(path, "write the header"));
+    let length = json(&vec![0; tensors.len()])?.len() as u64;
+    if length > MAX_HEADER {
+        let message = format!("header length: expected at most {MAX_HEADER} bytes, found {length}");
         return Err(Error::new(path, message));
     }
-    write(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        tensors.iter().try_for_each(|tensor| file.write_all(tensor.bytes))
-    })
+    let failed = || Error::io(path, "write");
+    let mut file = create(path).map_err(failed())?;
+    file.seek(SeekFrom::Start(8 + length)).map_err(failed())?;
+    let mut writer = BufWriter::with_capacity(BUFFER, file);
+    let mut checksums = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let mut checksum = Checksum::default();
+        for chunk in tensor.bytes.chunks(BUFFER) {
+            checksum.update(chunk);
+            writer.write_all(chunk).map_err(failed())?;
+        }
+        checksums.push(checksum.finish());
+    }
+    let file = writer.into_inner().map_err(|error| failed()(error.into_error()))?;
+    let mut head = length.to_le_bytes().to_vec();
+    head.extend(json(&checksums)?);
+    file.write_all_at(&head, 0).and_then(|()| file.sync_all()).map_err(failed())?;
+    let bytes = head.len() as u64 + tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum::<u64>();
+    Ok(Entry::new(bytes, &head))
 }
 
-fn header(tensors: &[Tensor], metadata: &BTreeMap<String, String>) -> io::Result<Vec<u8>> {
-    let mut json = b"{".to_vec();
-    if !metadata.is_empty() {
-        write!(json, "{}:{},", serde_json::to_string(METADATA_KEY)?, serde_json::to_string(metadata)?)?;
-    }
+fn header(tensors: &[Tensor], checksums: &[u64], metadata: &BTreeMap<String, String>) -> io::Result<Vec<u8>> {
+    let by_name: BTreeMap<&str, String> =
+        tensors.iter().zip(checksums).map(|(tensor, &sum)| (tensor.name, checksum::hex(sum))).collect();
+    let mut metadata = metadata.clone();
+    metadata.insert(CHECKSUMS_KEY.to_owned(), serde_json::to_string(&by_name)?);
+    let mut json = Vec::new();
+    write!(json, "{{{}:{},", serde_json::to_string(METADATA_KEY)?, serde_json::to_string(&metadata)?)?;
     let mut start = 0;
     for tensor in tensors {
         let end = start + tensor.bytes.len();
@@ -132,29 +158,31 @@ fn header(tensors: &[Tensor], metadata: &BTreeMap<String, String>) -> io::Result
         )?;
         start = end;
     }
-    if json.len() > 1 {
-        json.pop();
-    }
+    json.pop();
     json.push(b'}');
     json.resize(json.len().next_multiple_of(8), b' ');
     Ok(json)
 }
 
-fn write_index(path: &Path, total_size: u64, weight_map: &BTreeMap<&str, String>) -> Result<()> {
-    let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
-    write(path, |file| {
-        serde_json::to_writer_pretty(&mut *file, &index)?;
-        file.write_all(b"\n")
-    })
+/// Pretty JSON with a line end.
+fn pretty(value: &impl serde::Serialize) -> io::Result<Vec<u8>> {
+    let mut json = serde_json::to_vec_pretty(value)?;
+    json.push(b'\n');
+    Ok(json)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).open(path)
 }
 
 /// Writes a new file through to the disk.
-fn write(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
+fn write(path: &Path, content: io::Result<Vec<u8>>) -> Result<Entry> {
     let write = || {
-        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-        let mut file = BufWriter::with_capacity(BUFFER, file);
-        content(&mut file)?;
-        file.into_inner()?.sync_all()
+        let content = content?;
+        let mut file = create(path)?;
+        file.write_all(&content)?;
+        file.sync_all()?;
+        Ok(Entry::new(content.len() as u64, &content))
     };
     write().map_err(Error::io(path, "write"))
 }

@@ -15,9 +15,21 @@ fn metadata() -> BTreeMap<String, String> {
 }
 
 fn read(reader: &Reader, name: &str, rows: Option<(u64, u64)>, length: usize) -> Vec<u8> {
+    try_read(reader, name, rows, length, true).unwrap()
+}
+
+fn try_read(
+    reader: &Reader,
+    name: &str,
+    rows: Option<(u64, u64)>,
+    length: usize,
+    verify: bool,
+) -> archzoo_checkpoint::Result<Vec<u8>> {
     let mut destination = vec![0; length];
-    reader.read_into(vec![Request { name, destination: &mut destination, rows }]).unwrap();
-    destination
+    let ranges: Vec<_> = rows.into_iter().collect();
+    let request = Request { name, destination: &mut destination, ranges: &ranges, dtype: None };
+    reader.read_into(vec![request], verify)?;
+    Ok(destination)
 }
 
 fn f32_tensor<'a>(name: &'a str, shape: &'a [u64], bytes: &'a [u8]) -> Tensor<'a> {
@@ -89,16 +101,17 @@ fn bad_requests_are_refused_before_a_byte_is_read() {
         ("b", 16, None, "\"b\": expected in the checkpoint"),
         ("a", 15, None, "\"a\": destination: expected 16 bytes, found 15"),
         ("a", 16, Some((1, 2)), "destination: expected 8 bytes, found 16"),
-        ("a", 0, Some((2, 1)), "row range: expected start <= end <= 2, found 2..1"),
-        ("a", 0, Some((0, 3)), "row range: expected start <= end <= 2, found 0..3"),
+        ("a", 0, Some((2, 1)), "range of dimension 0: expected start <= end <= 2, found 2..1"),
+        ("a", 0, Some((0, 3)), "range of dimension 0: expected start <= end <= 2, found 0..3"),
         ("scalar", 4, Some((0, 1)), "found a scalar"),
     ] {
         let (mut good, mut bad) = ([0; 16], vec![0; length]);
+        let ranges: Vec<_> = rows.into_iter().collect();
         let requests = vec![
-            Request { name: "a", destination: &mut good, rows: None },
-            Request { name, destination: &mut bad, rows },
+            Request { name: "a", destination: &mut good, ranges: &[], dtype: None },
+            Request { name, destination: &mut bad, ranges: &ranges, dtype: None },
         ];
-        let error = reader.read_into(requests).unwrap_err().to_string();
+        let error = reader.read_into(requests, false).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
         assert_eq!(good, [0; 16]);
     }
@@ -130,7 +143,7 @@ fn load(path: &Path) -> Option<Vec<Found>> {
     let all = reader
         .tensors()
         .map(|(tensor, _)| {
-            let bytes = read(&reader, &tensor.name, None, tensor.bytes as usize);
+            let bytes = try_read(&reader, &tensor.name, None, tensor.bytes as usize, false).unwrap();
             (tensor.name.clone(), tensor.dtype.name().to_owned(), tensor.shape.clone(), bytes)
         })
         .collect();
@@ -192,4 +205,112 @@ proptest! {
             prop_assert_eq!(reader.tensors().count(), 0);
         }
     }
+}
+
+/// A tensor [3, 5, 7, 2] of 16-bit elements that are their own index.
+fn counted(folder: &Path) -> Vec<u16> {
+    let values: Vec<u16> = (0..3 * 5 * 7 * 2).collect();
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let dtype = Dtype::from_name("BF16").unwrap();
+    let tensor = Tensor { name: "a", dtype, shape: &[3, 5, 7, 2], bytes: &bytes };
+    save(folder, &[f32_tensor("before", &[1], &[9; 4]), tensor], u64::MAX, &metadata()).unwrap();
+    values
+}
+
+proptest! {
+    #[test]
+    fn any_box_of_a_tensor(
+        dims in 0usize..=4,
+        ends in prop::array::uniform4((any::<prop::sample::Index>(), any::<prop::sample::Index>())),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let values = counted(folder.path());
+        let shape = [3usize, 5, 7, 2];
+        let ranges: Vec<(u64, u64)> = (0..dims)
+            .map(|d| {
+                let (a, b) = (ends[d].0.index(shape[d] + 1), ends[d].1.index(shape[d] + 1));
+                (a.min(b) as u64, a.max(b) as u64)
+            })
+            .collect();
+        let at = |d: usize| ranges.get(d).map_or(0..shape[d], |&(a, b)| a as usize..b as usize);
+        let mut expected = Vec::new();
+        for i in at(0) {
+            for j in at(1) {
+                for k in at(2) {
+                    expected.extend(at(3).map(|l| values[((i * 5 + j) * 7 + k) * 2 + l]));
+                }
+            }
+        }
+        let reader = Reader::open(folder.path()).unwrap();
+        let mut found = vec![0; expected.len() * 2];
+        let mut wide = vec![0; expected.len() * 4];
+        let f32 = Dtype::from_name("F32");
+        reader
+            .read_into(
+                vec![
+                    Request { name: "a", destination: &mut found, ranges: &ranges, dtype: None },
+                    Request { name: "a", destination: &mut wide, ranges: &ranges, dtype: f32 },
+                ],
+                true,
+            )
+            .unwrap();
+        prop_assert_eq!(reader.bytes_read(), expected.len() as u64 * 4);
+        for ((expected, found), wide) in expected.iter().zip(found.chunks(2)).zip(wide.chunks(4)) {
+            prop_assert_eq!(expected.to_le_bytes(), found);
+            prop_assert_eq!((u32::from(*expected) << 16).to_le_bytes(), wide);
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..48).collect();
+    let tensors = [f32_tensor("a", &[2, 3], &bytes[..24]), f32_tensor("b", &[6], &bytes[24..])];
+    save(folder.path(), &tensors, 24, &metadata()).unwrap();
+    assert!(Reader::open(folder.path()).unwrap().verify().is_empty());
+    for file in fs::read_dir(folder.path()).unwrap() {
+        let path = file.unwrap().path();
+        let good = fs::read(&path).unwrap();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            fs::write(&path, &bad).unwrap();
+            let faults = Reader::open(folder.path()).map_or_else(|error| vec![error], |r| r.verify());
+            let in_data = path.extension().is_some_and(|e| e == "safetensors") && bit / 8 >= good.len() - 24;
+            if faults.is_empty() {
+                // Blanks between the manifest's words, and the like, say nothing.
+                assert!(path.ends_with(archzoo_checkpoint::MANIFEST_FILE), "bit {bit} of {}", path.display());
+            } else if in_data {
+                assert!(faults[0].tensor.is_some());
+            }
+        }
+        fs::write(&path, &good).unwrap();
+    }
+}
+
+#[test]
+fn a_damaged_block_of_a_large_tensor_is_found_by_reading_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..9 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    save(folder.path(), &[f32_tensor("a", &[9, 1 << 18], &bytes)], u64::MAX, &metadata()).unwrap();
+    let path = folder.path().join(SINGLE_FILE);
+    let mut file = fs::read(&path).unwrap();
+    let middle = file.len() - (5 << 20);
+    file[middle] ^= 4;
+    fs::write(&path, file).unwrap();
+    let reader = Reader::open(&path).unwrap();
+    let mut destination = vec![0; bytes.len()];
+    for (verify, dtype, length) in
+        [(false, None, 9 << 20), (true, None, 9 << 20), (true, Some("BF16"), 9 << 19)]
+    {
+        let dtype = dtype.and_then(Dtype::from_name);
+        let request = Request { name: "a", destination: &mut destination[..length], ranges: &[], dtype };
+        let result = reader.read_into(vec![request], verify);
+        match result {
+            Ok(()) => assert!(!verify),
+            Err(error) => assert!(verify && error.to_string().contains("tensor \"a\": damaged"), "{error}"),
+        }
+    }
+    assert_eq!(reader.verify().len(), 1);
 }

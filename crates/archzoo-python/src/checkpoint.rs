@@ -24,8 +24,8 @@ fn to_python(error: Error) -> PyErr {
 #[pyclass(frozen, module = "archzoo._rust")]
 pub struct CheckpointReader(Reader);
 
-/// Name, destination, rows.
-type PyRequest<'py> = (String, Bound<'py, PyArray1<u8>>, Option<(u64, u64)>);
+/// Name, destination, ranges of the first dimensions, dtype of the destination.
+type PyRequest<'py> = (String, Bound<'py, PyArray1<u8>>, Vec<(u64, u64)>, Option<String>);
 
 #[pymethods]
 impl CheckpointReader {
@@ -53,12 +53,33 @@ impl CheckpointReader {
         self.0.metadata()
     }
 
-    /// Reads tensors, or rows `start..end` of them, straight into contiguous byte arrays of their length.
-    fn read_into(&self, py: Python, requests: Vec<PyRequest>) -> PyResult<()> {
+    /// Bytes that have been read from the tensors so far, also by a read that is under way.
+    #[getter]
+    fn bytes_read(&self) -> u64 {
+        self.0.bytes_read()
+    }
+
+    /// Files whose tensors have no checksums.
+    #[getter]
+    fn unchecked_files(&self) -> Vec<PathBuf> {
+        self.0.unchecked_files().map(Path::to_owned).collect()
+    }
+
+    /// Reads every byte and compares it with the manifest and the checksums, where there are such: what is
+    /// wrong, in the order of the files.
+    fn verify(&self, py: Python) -> PyResult<Vec<String>> {
+        let faults = py.detach(|| pool::run(|| self.0.verify()))?;
+        Ok(faults.iter().map(Error::to_string).collect())
+    }
+
+    /// Reads tensors, or boxes of them, straight into contiguous byte arrays of their length; what is cast is
+    /// rounded to nearest even. With `verify` whole tensors are compared with their checksums.
+    #[pyo3(signature = (requests, verify = false))]
+    fn read_into(&self, py: Python, requests: Vec<PyRequest>, verify: bool) -> PyResult<()> {
         refuse_overlaps(&requests)?;
         let mut arrays = requests
             .iter()
-            .map(|(name, array, _)| {
+            .map(|(name, array, ..)| {
                 array
                     .try_readwrite()
                     .map_err(|e| PyValueError::new_err(format!("destination of {name:?}: {e}")))
@@ -67,21 +88,27 @@ impl CheckpointReader {
         let requests = requests
             .iter()
             .zip(&mut arrays)
-            .map(|((name, _, rows), array)| {
+            .map(|((name, _, ranges, dtype), array)| {
                 let destination = array.as_slice_mut().map_err(|_| not_contiguous("destination", name))?;
-                Ok(Request { name, destination, rows: *rows })
+                let dtype = dtype.as_deref().map(|dtype| dtype_of(dtype, name)).transpose()?;
+                Ok(Request { name, destination, ranges, dtype })
             })
             .collect::<PyResult<Vec<Request>>>()?;
-        py.detach(|| pool::run(|| self.0.read_into(requests)))?.map_err(to_python)
+        py.detach(|| pool::run(|| self.0.read_into(requests, verify)))?.map_err(to_python)
     }
+}
+
+fn dtype_of(dtype: &str, tensor: &str) -> PyResult<Dtype> {
+    Dtype::from_name(dtype)
+        .ok_or_else(|| PyValueError::new_err(format!("dtype of {tensor:?} is unknown: {dtype:?}")))
 }
 
 /// Views of one buffer may meet although numpy sees different arrays.
 fn refuse_overlaps(requests: &[PyRequest]) -> PyResult<()> {
     let mut ranges: Vec<(usize, usize, &str)> = requests
         .iter()
-        .filter(|(_, array, _)| array.len() > 0)
-        .map(|(name, array, _)| (array.data() as usize, array.data() as usize + array.len(), name.as_str()))
+        .filter(|(_, array, ..)| array.len() > 0)
+        .map(|(name, array, ..)| (array.data() as usize, array.data() as usize + array.len(), name.as_str()))
         .collect();
     ranges.sort_unstable();
     for pair in ranges.windows(2) {
@@ -122,8 +149,7 @@ pub fn write_shards(
         .iter()
         .zip(&arrays)
         .map(|((name, dtype, shape, _), array)| {
-            let dtype = Dtype::from_name(dtype)
-                .ok_or_else(|| PyValueError::new_err(format!("dtype of {name:?} is unknown: {dtype:?}")))?;
+            let dtype = dtype_of(dtype, name)?;
             let bytes = array.as_slice().map_err(|_| not_contiguous("bytes", name))?;
             Ok(Tensor { name, dtype, shape, bytes })
         })

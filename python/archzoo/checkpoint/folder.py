@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from archzoo.checkpoint.families import families
 from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.quantized import Format, stored_as
-from archzoo.checkpoint.shards import Reader, atomic_folder, write_shards
+from archzoo.checkpoint.shards import CASTS, Part, Reader, atomic_folder, write_shards
 from archzoo.configuration import ModelConfig
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
-STAGE = 1 << 27  # elements read at once into memory of their own
+STAGE = 1 << 25  # bytes read at once into memory of their own
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
 
@@ -85,7 +85,7 @@ def _unwrap(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by native name; a tied head appears once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -100,7 +100,7 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
     layers, depth = config.layers.count, 0 if config.mtp is None else config.mtp.depth
     regions = [
         (r, stored_as(reader, stored, r.name, r.shape))
-        for name, tensor in _tensors(model).items()
+        for name, tensor in model_tensors(model).items()
         for r in family.regions(name, tensor, stored, layers)
     ]
     wanted = {part for r, form in regions for part in (form.names(r.name) if form else [r.name])}
@@ -122,7 +122,7 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
         _, _, file = reader.info(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(f"{file}: tensor '{extra[0]}'{more} has no place in the model")
-    for (name, _, expected), form in [*regions, *copies]:
+    for (name, _, expected, _), form in [*regions, *copies]:
         if form is not None:
             form.check(reader, name, expected)
             continue
@@ -153,7 +153,7 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
     """Give every parameter of a `meta` model the dtype that is stored for it, bf16 for fewer bits."""
     forms = {r.name: form for r, form in match(model, reader, family)}
     config: ModelConfig = model.config  # type: ignore[assignment]
-    for name, tensor in _tensors(model).items():
+    for name, tensor in model_tensors(model).items():
         keys = [region.name for region in family.regions(name, tensor, forms, config.layers.count)]
         stored = {torch.bfloat16 if forms[key] else reader.info(key)[0] for key in keys}
         if len(stored) == 1:
@@ -161,60 +161,105 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 
 
 @torch.no_grad()
-def read_into(model: nn.Module, reader: Reader, family: Family) -> None:
-    """Fill the model; checks everything first, but that copies are what they copy."""
-    direct: dict[str, Tensor] = {}
-    staged: list[tuple[Region, Format | None]] = []
-    for region, form in match(model, reader, family):
-        name, view, shape = region
-        plain = form is None and view.shape == shape and view.is_contiguous()
-        if plain and view.device.type == "cpu" and view.dtype == reader.info(name)[0]:
-            direct[name] = view
-        else:
-            staged.append((region, form))
-    reader.read_into(direct)
-    for batch in _batches(staged):  # read together, in threads
-        _read_batch(reader, batch)
+def read_into(model: nn.Module, reader: Reader, family: Family, *, verify: bool = False) -> None:
+    """Fill the model; checks everything first, but that copies are what they copy.
+
+    With `verify` what is read as a whole is compared with its checksum, where the file has one.
+    """
+    read_regions(reader, match(model, reader, family), verify=verify)
     stored = set(reader.keys())
-    for name, weight, shape in _copies(model, family):
+    for name, weight, shape, _ in _copies(model, family):
         if name in stored:
             copy = torch.empty_like(weight)
-            _read_batch(reader, [(Region(name, copy, shape), stored_as(reader, stored, name, shape))])
+            form = stored_as(reader, stored, name, shape)
+            read_regions(reader, [(Region(name, copy, shape), form)], verify=verify)
             if not torch.equal(copy, weight):
                 raise CheckpointError(
                     f"{reader.info(name)[2]}: tensor '{name}' differs from that of the model, which shares it"
                 )
 
 
+def read_regions(
+    reader: Reader, regions: list[tuple[Region, Format | None]], *, verify: bool = False
+) -> None:
+    """Fill the regions' views: straight from the file where it has their order, else through STAGE bytes."""
+    direct: list[Part] = []
+    staged: list[tuple[Region, Format | None]] = []
+    for region, form in regions:
+        parts = None if form else _direct(reader, region)
+        if parts is None:
+            staged.append((region, form))
+        else:
+            direct += parts
+    reader.read_parts(direct, verify=verify)
+    for batch in _batches(reader, staged):
+        _read_batch(reader, batch, verify)
+
+
+def _direct(reader: Reader, region: Region) -> list[Part] | None:
+    """The parts of the file that are a region's memory, cast at most; None if it has another order."""
+    name, view, shape, ranges = region
+    stored = reader.info(name)[0]
+    fits = view.dtype == stored or {view.dtype, stored} <= CASTS
+    if view.device.type != "cpu" or view.shape != region.part or not fits:
+        return None
+    if view.is_contiguous():
+        return [Part(name, view, ranges)]
+    if not view[:1].is_contiguous():
+        return None
+    first, *rest = ranges or ((0, shape[0]),)
+    rows = range(first[0], first[1])
+    return [Part(name, row[None], ((i, i + 1), *rest)) for i, row in zip(rows, view, strict=True)]
+
+
 def _batches(
-    regions: list[tuple[Region, Format | None]],
+    reader: Reader, regions: list[tuple[Region, Format | None]]
 ) -> Iterator[list[tuple[Region, Format | None]]]:
-    """Regions in groups of at most STAGE elements, or a single larger one."""
+    """Regions, or rows of them, in groups of at most STAGE bytes; what cannot be cut may be larger."""
     batch: list[tuple[Region, Format | None]] = []
     size = 0
-    for item in regions:
-        count = item[0].view.numel()
-        if batch and size + count > STAGE:
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += count
+    for region, form in regions:
+        for piece in [region] if form else _rows(region, reader.info(region.name)[0].itemsize):
+            count = piece.view.numel() * piece.view.itemsize
+            if batch and size + count > STAGE:
+                yield batch
+                batch, size = [], 0
+            batch.append((piece, form))
+            size += count
     if batch:
         yield batch
 
 
-def _read_batch(reader: Reader, batch: list[tuple[Region, Format | None]]) -> None:
+def _rows(region: Region, itemsize: int) -> Iterator[Region]:
+    """A region cut along dim 0, which the file has too, into parts of at most STAGE bytes."""
+    part = region.part
+    if not part or math.prod(part) * itemsize <= STAGE:
+        yield region
+        return
+    first, *rest = region.ranges or tuple((0, size) for size in region.shape)
+    step = max(1, STAGE // (math.prod(part[1:]) * itemsize))
+    for i in range(0, part[0], step):
+        stop = min(i + step, part[0])
+        yield region._replace(view=region.view[i:stop], ranges=((first[0] + i, first[0] + stop), *rest))
+
+
+def _read_batch(reader: Reader, batch: list[tuple[Region, Format | None]], verify: bool) -> None:
     """Read regions that are not the file's bytes: another dtype, order or device, or fewer bits."""
-    parts = {r.name: form.names(r.name) if form else [r.name] for r, form in batch}
-    raw = {}
-    for name in (n for names in parts.values() for n in names):
-        dtype, shape, _ = reader.info(name)
-        raw[name] = torch.empty(shape, dtype=dtype)
-    reader.read_into(raw)
-    for (name, view, _), form in batch:
-        tensors = [raw.pop(n) for n in parts[name]]
+    raw: list[list[Part]] = []
+    for region, form in batch:
+        parts = []
+        for name in form.names(region.name) if form else [region.name]:
+            dtype, shape, _ = reader.info(name)
+            size = shape if form else region.part
+            pinned = region.view.device.type == "cuda"
+            buffer = torch.empty(size, dtype=dtype, pin_memory=pinned)
+            parts.append(Part(name, buffer, () if form else region.ranges))
+        raw.append(parts)
+    reader.read_parts([part for parts in raw for part in parts], verify=verify)
+    for (region, form), parts in zip(batch, raw, strict=True):
+        tensors = [part.destination for part in parts]
         data = form.decode(*tensors) if form else tensors[0]
-        view.copy_(data.reshape(view.shape))
+        region.view.copy_(data.reshape(region.view.shape))
 
 
 def write_model(
@@ -228,7 +273,7 @@ def write_model(
     family = _family_for(config)
     layers = config.layers.count
     tensors = {r.name: r.view for r in _copies(model, family)}
-    for name, tensor in _tensors(model).items():
+    for name, tensor in model_tensors(model).items():
         regions = family.regions(name, tensor.detach(), layers=layers)
         tensors |= {r.name: r.view.reshape(r.shape) for r in regions}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -18,11 +18,20 @@ from archzoo.configuration import ModelConfig
 
 
 class Region(NamedTuple):
-    """One tensor of the file: a view of a native parameter in its element order, and its shape there."""
+    """One tensor of the file: a view of a native parameter in its element order, and its shape there.
+
+    With `ranges` (start, stop of each dim) the view is only that part of the file's tensor.
+    """
 
     name: str
     view: Tensor
     shape: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """The shape in the file of what the view is."""
+        return tuple(stop - start for start, stop in self.ranges) if self.ranges else self.shape
 
 
 class Rule:

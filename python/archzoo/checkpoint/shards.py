@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +34,15 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+CASTS = {torch.float32, torch.bfloat16, torch.float16}  # cast into each other while they are read
+
+
+class Part(NamedTuple):
+    """What is read of a tensor: `start, stop` on its first dims, all of the others, into `destination`."""
+
+    name: str
+    destination: Tensor
+    ranges: tuple[tuple[int, int], ...] = ()
 
 
 @contextmanager
@@ -65,6 +78,11 @@ class Reader:
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {tag}, which torch cannot hold")
         return DTYPES[tag], tuple(shape), file
 
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        infos = (self.info(name) for name in self.keys())
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in infos)
+
     def dtype(self) -> torch.dtype:
         """The most frequent floating-point dtype by bytes."""
         total: dict[torch.dtype, int] = {}
@@ -74,34 +92,50 @@ class Reader:
                 total[dtype] = total.get(dtype, 0) + int(np.prod(shape))
         return max(total, key=lambda d: total[d]) if total else torch.float32
 
-    def read_into(self, targets: Mapping[str, Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
-        """Read tensors (or row ranges of them) straight into contiguous CPU tensors of the stored dtype."""
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have been read from the tensors so far, also by a read that is under way."""
+        return self._reader.bytes_read
+
+    def read_into(self, targets: Mapping[str, Tensor], *, verify: bool = False) -> None:
+        """Read tensors straight into contiguous CPU tensors of their shape; `read_parts` tells the rest."""
+        self.read_parts([Part(name, tensor) for name, tensor in targets.items()], verify=verify)
+
+    def read_parts(self, parts: Iterable[Part], *, verify: bool = False) -> None:
+        """Read tensors, or boxes of them, straight into contiguous CPU tensors, all in parallel.
+
+        Between float32, bfloat16 and float16 they are cast on the way, rounded to nearest even. With `verify`
+        tensors that are read as a whole are compared with their checksums, where the file has such.
+        """
         requests = []
-        for name, target in targets.items():
-            tensor, rows = target if isinstance(target, tuple) else (target, None)
+        for name, tensor, ranges in parts:
             dtype, shape, file = self.info(name)
-            wanted = shape if rows is None else (rows[1] - rows[0], *shape[1:])
-            if tensor.dtype != dtype or tuple(tensor.shape) != wanted or not tensor.is_contiguous():
+            wanted = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
+            cast = tensor.dtype != dtype
+            fits = not cast or {tensor.dtype, dtype} <= CASTS
+            if not fits or tensor.shape != wanted or not tensor.is_contiguous():
+                order = "" if tensor.is_contiguous() else ", not contiguous"
                 raise CheckpointError(
                     f"{file}: tensor '{name}' is {dtype} {list(wanted)}, the destination is "
-                    f"{tensor.dtype} {list(tensor.shape)}"
+                    f"{tensor.dtype} {list(tensor.shape)}{order}"
                 )
-            requests.append((name, bytes_of(tensor), rows))
+            requests.append((name, bytes_of(tensor), list(ranges), TAGS[tensor.dtype] if cast else None))
         with _faults():
-            self._reader.read_into(requests)
+            self._reader.read_into(requests, verify)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or the rows `start:stop` of it."""
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """One tensor, or the rows `start:stop` (dim 0) and columns (dim 1) of it."""
         dtype, shape, _ = self.info(name)
-        if rows is None:
-            out = torch.empty(shape, dtype=dtype)
-            self.read_into({name: out})
-            return out
-        start, stop, step = rows.indices(shape[0] if shape else 0)
-        if step != 1 or stop < start:
-            raise InputError(f"rows must be a plain start:stop range, found {rows}")
-        out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        self.read_into({name: (out, (start, stop))})
+        ranges = []
+        for dim, part in enumerate((rows, columns) if columns else (rows,) if rows else ()):
+            size = shape[dim] if dim < len(shape) else 0
+            start, stop, step = (part or slice(None)).indices(size)
+            if step != 1 or stop < start:
+                raise InputError(f"rows and columns must be plain start:stop ranges, found {part}")
+            ranges.append((start, stop))
+        sizes = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
+        out = torch.empty(sizes, dtype=dtype)
+        self.read_parts([Part(name, out, tuple(ranges))])
         return out
 
 
@@ -110,15 +144,67 @@ def open(path: str | Path) -> Reader:
     return Reader(path)
 
 
-def load(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file or folder."""
+def load(path: str | Path, *, verify: bool = False, progress: bool = False) -> dict[str, Tensor]:
+    """All tensors of a file or folder; with `verify` compared with their checksums."""
     reader = Reader(path)
     out = {}
     for name in reader.keys():  # noqa: SIM118
         dtype, shape, _ = reader.info(name)
         out[name] = torch.empty(shape, dtype=dtype)
-    reader.read_into(out)
+    with shown(reader, f"read {reader.path.name}", progress):
+        reader.read_into(out, verify=verify)
     return out
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` has read without finding a fault."""
+
+    tensors: int
+    bytes: int
+    unchecked: tuple[Path, ...]
+    """Files without checksums: only their structure was checked."""
+
+
+def verify(path: str | Path, *, progress: bool = False) -> Verified:
+    """Check every byte of a file or folder against its checksums, in parallel.
+
+    Raises CheckpointError, a line for each fault, with file, tensor, expected and found. Of files without
+    checksums, as the public savers write them, only the structure can be checked; they are listed.
+    """
+    reader = Reader(path)
+    with shown(reader, f"verify {reader.path.name}", progress), _faults():
+        faults = reader._reader.verify()
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    return Verified(len(reader.keys()), reader.bytes_read, tuple(reader._reader.unchecked_files))
+
+
+@contextmanager
+def shown(reader: Reader, what: str, progress: bool) -> Iterator[None]:
+    """A progress bar of the bytes that the block reads, if `progress`."""
+    if not progress:
+        yield
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    done, before = Event(), reader.bytes_read
+    with Progress(*columns) as bar:
+        task = bar.add_task(what, total=reader.nbytes())
+
+        def follow() -> None:
+            while not done.wait(0.1):
+                bar.update(task, completed=reader.bytes_read - before)
+
+        thread = Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            bar.update(task, completed=reader.bytes_read - before)
 
 
 def shard_bytes(size: int | str) -> int:
