@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Self, final
+from typing import Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,12 @@ __all__ = [
     "Utf8Stream",
     "__version__",
     "attention",
+    "compress",
     "conv",
     "conv_step",
+    "decode_dfloat11",
+    "decompress",
+    "encode_dfloat11",
     "eplb",
     "experts",
     "gate",
@@ -37,6 +41,9 @@ __all__ = [
     "write_shards",
 ]
 __version__: str
+
+_Bytes: TypeAlias = npt.NDArray[np.uint8]
+_Buffers: TypeAlias = tuple[_Bytes, _Bytes, _Bytes, _Bytes, _Bytes]
 
 @final
 class BpeTrainer:
@@ -378,9 +385,37 @@ def write_shards(
     folder: str | os.PathLike[str],
     tensors: list[tuple[str, str, tuple[int, ...], npt.NDArray[np.uint8]]],
     max_shard_bytes: int,
+    compress: bool = False,
 ) -> None:
     """Writes a checkpoint into an existing folder, through to the disk.
 
     One file, or shards of at most `max_shard_bytes` and their index. Tensors (name, dtype, shape, bytes) are
-    dealt to shards in the given order.
+    dealt to shards in the given order. `compress`: as containers where these are smaller.
+    """
+
+def compress(dtype: str, bytes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
+    """The container of a tensor's contiguous bytes, None where that is no smaller.
+
+    dtype: as safetensors writes it; BF16, F32, F16 and the F8 types with a mantissa are compressed.
+    """
+
+def decompress(dtype: str, stored: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> None:
+    """Fills `out`, which has their length, with the bytes that a container holds.
+
+    Raises:
+        CheckpointError: The container is damaged, or not one of `out.size` bytes of `dtype`.
+    """
+
+def encode_dfloat11(weights: list[npt.NDArray[np.uint8]]) -> _Buffers | None:
+    """DFloat11's buffers of a group of bfloat16 weights (their bytes).
+
+    Returns: luts, encoded_exponent, sign_mantissa, output_positions (uint32), gaps, all as bytes; None where
+    the container cannot hold the weights (an exponent of 240 or more) or is no smaller.
+    """
+
+def decode_dfloat11(buffers: _Buffers, weights: list[npt.NDArray[np.uint8]]) -> None:
+    """Fills weights (their bytes) from the buffers of their group.
+
+    Raises:
+        CheckpointError: The buffers do not fit each other or the weights.
     """

@@ -8,6 +8,7 @@
 mod bitstream;
 mod cast;
 mod checksum;
+mod compressed;
 mod container;
 mod dfloat11;
 mod dtype;

@@ -1,5 +1,5 @@
 use std::hash::Hasher;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 use twox_hash::XxHash3_64;
@@ -125,7 +125,10 @@ impl Reader {
                 piece.start,
             )
         });
-        let checked = |plan: &Plan| verify && plan.is_whole() && plan.tensor.checksum.is_some();
+        // A container has checksums of its own.
+        let checked = |plan: &Plan| {
+            verify && plan.is_whole() && plan.tensor.checksum.is_some() && !plan.tensor.is_compressed()
+        };
         let hashes: Vec<(&Plan, u64)> = pieces
             .into_par_iter()
             .map(|piece| {
@@ -174,7 +177,7 @@ impl Reader {
             self.shards.iter().flat_map(|shard| shard.header.tensors.iter().map(move |t| (shard, t)));
         let blocks: Vec<(&Shard, &TensorInfo, u64)> = tensors
             .flat_map(|(shard, tensor)| {
-                (0..tensor.bytes.max(1)).step_by(BLOCK).map(move |start| (shard, tensor, start))
+                (0..tensor.stored.max(1)).step_by(BLOCK).map(move |start| (shard, tensor, start))
             })
             .collect();
         let hashes: Vec<Result<u64>> = blocks
@@ -183,7 +186,7 @@ impl Reader {
                 || vec![0; CHUNK],
                 |buffer, &(shard, tensor, start)| {
                     let mut hash = XxHash3_64::new();
-                    let end = tensor.bytes.min(start + BLOCK as u64);
+                    let end = tensor.stored.min(start + BLOCK as u64);
                     for at in (start..end).step_by(CHUNK) {
                         let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
                         shard.read(chunk, tensor.start + at, &tensor.name, &self.bytes_read)?;
@@ -227,10 +230,18 @@ impl Piece<'_, '_> {
         let Self { plan, start: mut at, destination } = self;
         let mut hash = hashed.then(XxHash3_64::new);
         let mut buffer = Vec::new();
+        let container = plan.tensor.is_compressed().then(|| plan.shard.container(plan.tensor)).transpose()?;
+        let fill = |bytes: &mut [u8], offset: u64| match &container {
+            None => plan.shard.read(bytes, plan.tensor.start + offset, plan.name, count),
+            Some(container) => {
+                let result = container.read_exact_at(bytes, offset);
+                count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                result.map_err(|error| plan.shard.unreadable(plan.name, error))
+            }
+        };
         let mut rest = destination;
         while !rest.is_empty() {
             let (offset, run) = plan.selection.locate(at);
-            let offset = plan.tensor.start + offset;
             let limit = if hashed || plan.cast.is_some() { CHUNK as u64 } else { BLOCK as u64 };
             let read = run.min(limit) as usize;
             let (from, to) = plan.widths();
@@ -239,12 +250,12 @@ impl Piece<'_, '_> {
             let (now, later) = rest.split_at_mut(written);
             let raw: &[u8] = match plan.cast {
                 None => {
-                    plan.shard.read(now, offset, plan.name, count)?;
+                    fill(now, offset)?;
                     now
                 }
                 Some((cast, _)) => {
                     buffer.resize(read, 0);
-                    plan.shard.read(&mut buffer, offset, plan.name, count)?;
+                    fill(&mut buffer, offset)?;
                     cast(&buffer, now);
                     &buffer
                 }

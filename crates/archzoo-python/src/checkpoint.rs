@@ -129,13 +129,16 @@ fn not_contiguous(what: &str, name: &str) -> PyErr {
 type PyTensor<'py> = (String, String, Vec<u64>, Bound<'py, PyAny>);
 
 /// Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index, into an existing
-/// folder, through to the disk. Tensors are dealt to shards in the given order.
+/// folder, through to the disk. Tensors are dealt to shards in the given order. `compress`: as containers where
+/// these are smaller.
 #[pyfunction]
+#[pyo3(signature = (folder, tensors, max_shard_bytes, compress=false))]
 pub fn write_shards(
     py: Python,
     folder: PathBuf,
     tensors: Vec<PyTensor>,
     max_shard_bytes: u64,
+    compress: bool,
 ) -> PyResult<()> {
     let arrays = tensors
         .iter()
@@ -155,8 +158,8 @@ pub fn write_shards(
         })
         .collect::<PyResult<Vec<Tensor>>>()?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    py.detach(|| pool::run(|| archzoo_checkpoint::save(&folder, &tensors, max_shard_bytes, &metadata)))?
-        .map_err(to_python)
+    let save = || archzoo_checkpoint::save(&folder, &tensors, max_shard_bytes, &metadata, compress);
+    py.detach(|| pool::run(save))?.map_err(to_python)
 }
 
 /// Builds a folder beside its final place and puts it there in one step. As a context manager it aborts unless

@@ -2,6 +2,7 @@
 
 mod bpe;
 mod checkpoint;
+mod compression;
 mod decode;
 mod eplb;
 mod gate;
@@ -20,6 +21,8 @@ mod _rust {
     use super::bpe::BpeTrainer;
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
+    #[pymodule_export]
+    use super::compression::{compress, decode_dfloat11, decompress, encode_dfloat11};
     #[pymodule_export]
     use super::decode::{
         attention, conv, conv_step, experts, gated_rms_norm, latent_attention, linear, rms_norm, ssd_scan,

@@ -217,8 +217,13 @@ def shard_bytes(size: int | str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str) -> None:
-    """Write shards (and an index when there are several) into an existing folder."""
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str, compress: bool = False
+) -> None:
+    """Write shards (and an index when there are several) into an existing folder.
+
+    With `compress`, floating-point tensors are stored losslessly in less where that can be.
+    """
     items = []
     for name, tensor in tensors.items():
         if tensor.dtype not in TAGS:
@@ -226,7 +231,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: str | Path, max_shard_si
         plain = tensor.detach().cpu().contiguous()
         items.append((name, TAGS[tensor.dtype], tuple(tensor.shape), bytes_of(plain)))
     with _faults():
-        _rust.write_shards(str(folder), items, shard_bytes(max_shard_size))
+        _rust.write_shards(str(folder), items, shard_bytes(max_shard_size), compress)
 
 
 @contextmanager
@@ -243,7 +248,18 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def save(tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str = "4GB") -> None:
-    """Write tensors as a sharded safetensors folder, atomically."""
+def save(
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    max_shard_size: int | str = "4GB",
+    compress: str | None = None,
+) -> None:
+    """Write tensors as a sharded safetensors folder, atomically.
+
+    compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds); `load`, `open`
+    and `archzoo.load` read them as if they were plain. None leaves them plain, for other readers.
+    """
+    if compress not in (None, "huffman"):
+        raise InputError(f"compress '{compress}': expected 'huffman' or None")
     with atomic_folder(folder) as tmp:
-        write_shards(tensors, tmp, max_shard_size)
+        write_shards(tensors, tmp, max_shard_size, compress is not None)
