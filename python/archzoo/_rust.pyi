@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Self, TypeAlias, final
+from typing import Any, Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointReader",
     "FolderWriter",
+    "GgufReader",
     "Tokenizer",
     "TokenizerError",
     "Utf8Stream",
@@ -124,6 +125,20 @@ class FolderWriter:
         """Removes the temporary folder. Does nothing after a commit."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
+
+@final
+class GgufReader:
+    """An open GGUF file (version 2 or 3), checked before a tensor is read."""
+
+    def __new__(cls, path: str | os.PathLike[str]) -> Self:
+        """Opens a file."""
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Values by key: numbers, strings, booleans and lists of them."""
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...], str]]:
+        """Name, dtype once read, shape (rows first) and ggml's type of every tensor, in the file's order."""
+    def read_into(self, requests: list[tuple[str, npt.NDArray[np.uint8]]]) -> None:
+        """Reads tensors into contiguous byte arrays of their length, quantised ones as float32."""
 
 def eplb(
     load: int,

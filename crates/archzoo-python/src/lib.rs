@@ -6,6 +6,7 @@ mod compression;
 mod decode;
 mod eplb;
 mod gate;
+mod gguf;
 mod lines;
 mod plan;
 mod pool;
@@ -32,6 +33,8 @@ mod _rust {
     use super::eplb::eplb;
     #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::gguf::GgufReader;
     #[pymodule_export]
     use super::lines::json_texts;
     #[pymodule_export]
