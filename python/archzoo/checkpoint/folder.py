@@ -17,6 +17,7 @@ from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.quantized import Format, stored_as
 from archzoo.checkpoint.shards import CASTS, Part, Reader, atomic_folder, write_shards
 from archzoo.configuration import ModelConfig
+from archzoo.data.gguf import GgufFile
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
 STAGE = 1 << 25  # bytes read at once into memory of their own
@@ -24,7 +25,7 @@ USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a w
 
 
 def read_config(folder: str | Path, mtp: bool = False) -> tuple[ModelConfig, Family]:
-    """The config of a folder and the family whose layout it has.
+    """The config of a folder or GGUF file and the family whose layout it has.
 
     Prediction modules that transformers leaves out are part of it if `mtp`.
     """
@@ -57,6 +58,8 @@ def read_config(folder: str | Path, mtp: bool = False) -> tuple[ModelConfig, Fam
 
 
 def _json_files(folder: Path) -> dict[str, Any]:
+    if folder.suffix == ".gguf":
+        return {"config.json": GgufFile(folder).config()}
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     files = {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from archzoo import _rust
+from archzoo.data.gguf import GgufFile
 from archzoo.errors import CheckpointError, InputError
 
 DTYPES = {
@@ -65,7 +66,8 @@ class Reader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _faults():
-            self._reader = _rust.CheckpointReader(str(path))
+            is_gguf = self.path.suffix == ".gguf"
+            self._reader = GgufFile(path) if is_gguf else _rust.CheckpointReader(str(path))
 
     def keys(self) -> list[str]:
         return self._reader.keys()
@@ -140,7 +142,11 @@ class Reader:
 
 
 def open(path: str | Path) -> Reader:
-    """Open a .safetensors file or a folder with one or several; CheckpointError names the fault."""
+    """Open a .safetensors or .gguf file or a folder with one or several of the former.
+
+    CheckpointError names the fault. Tensors of a GGUF file go by their Hugging Face names, quantised ones are
+    float32.
+    """
     return Reader(path)
 
 
@@ -256,8 +262,8 @@ def save(
 ) -> None:
     """Write tensors as a sharded safetensors folder, atomically.
 
-    compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds); `load`, `open`
-    and `archzoo.load` read them as if they were plain. None leaves them plain, for other readers.
+    compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds), which `load`,
+    `open` and `archzoo.load` read as if they were plain; None leaves them plain, for other readers.
     """
     if compress not in (None, "huffman"):
         raise InputError(f"compress '{compress}': expected 'huffman' or None")
