@@ -77,10 +77,11 @@ class CheckpointReader:
     @property
     def metadata(self) -> dict[str, str]:
         """The headers' free-form strings; of shards that disagree, the first."""
-    def keys(self) -> list[str]:
-        """Names of the tensors: by file name, then in the order of their bytes."""
-    def info(self, name: str) -> tuple[str, tuple[int, ...], str]:
-        """Dtype as the format writes it ("F32", "BF16", ...), shape, and path of the file."""
+    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
+        """Dtype as the format writes it ("F32", "BF16", ...), shape, and path of the file of every tensor.
+
+        By file name, then in the order of their bytes.
+        """
     @property
     def bytes_read(self) -> int:
         """Bytes that have been read from the tensors so far, also by a read that is under way."""
@@ -94,13 +95,13 @@ class CheckpointReader:
         """
     def read_into(
         self,
-        requests: list[tuple[str, npt.NDArray[np.uint8], list[tuple[int, int]], str | None]],
+        requests: list[tuple[str, int, int, list[tuple[int, int]], str | None]],
         verify: bool = False,
     ) -> None:
-        """Reads tensors, or boxes of them, into contiguous byte arrays of the same length.
+        """Reads tensors, or boxes of them, into memory; `archzoo.checkpoint.Reader` is the only caller.
 
-        requests: name, array, `start..end` on the first dimensions, dtype of the array if not the tensor's
-        (rounded to nearest even). With `verify` whole tensors are compared with their checksums.
+        requests: name, address, bytes, `start..end` on the first dimensions, dtype in memory if not the
+        tensor's (rounded to nearest even). With `verify` whole tensors are compared with their checksums.
         """
 
 @final

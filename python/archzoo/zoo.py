@@ -84,22 +84,25 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     mtp: bool = False,
+    verify: bool = False,
+    progress: bool = False,
 ) -> CausalLM:
     """The model of any supported Hugging Face folder, or of a Llama's .gguf file; the files tell the family.
 
     dtype None keeps the stored one, float32 for what a GGUF file quantises. DeepSeek-V3's and GLM-4.5's
-    multi-token prediction modules are left out, as transformers does, unless `mtp`. All or nothing: an error
+    multi-token prediction modules are left out, as transformers does, unless `mtp`. `verify` compares the
+    weights with their checksums, where the folder has such; `progress` shows a bar. All or nothing: an error
     leaves no half-loaded model.
     """
     cfg, family = checkpoint.read_config(folder, mtp)
     reader = checkpoint.open(folder)
     model = skeleton(cfg, dtype or torch.float32)
+    forms = checkpoint.match(model, reader, family)
     if dtype is None:
-        checkpoint.adopt_dtypes(model, reader, family)
-    else:
-        checkpoint.match(model, reader, family)
+        checkpoint.adopt_dtypes(model, reader, family, forms)
     model.to_empty(device=device)
-    checkpoint.read_into(model, reader, family)
+    with checkpoint.shown(reader, f"read {reader.path.name}", progress):
+        checkpoint.read_into(model, reader, family, forms, verify=verify)
     return model.eval()
 
 

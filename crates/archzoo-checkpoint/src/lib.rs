@@ -22,6 +22,7 @@ mod manifest;
 mod planes;
 mod read;
 mod reader;
+mod spread;
 mod writer;
 
 pub use container::{compress, decompress};

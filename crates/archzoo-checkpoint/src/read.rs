@@ -1,12 +1,12 @@
 use std::hash::Hasher;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rayon::prelude::*;
 use twox_hash::XxHash3_64;
 
 use crate::cast::{self, Cast};
 use crate::checksum::{self, BLOCK};
 use crate::reader::Shard;
+use crate::spread::spread;
 use crate::{Dtype, Error, Reader, Result, TensorInfo};
 
 /// What is cast or hashed goes through this many bytes, which stay in a core's cache.
@@ -59,7 +59,7 @@ impl Selection {
             }
         }
         let parts = |&(dim, &(start, end)): &(usize, &(u64, u64))| (start, end) != (0, shape[dim]);
-        let Some((inner, &(start, end))) = ranges.iter().enumerate().filter(parts).next_back() else {
+        let Some((inner, &(start, end))) = ranges.iter().enumerate().rfind(parts) else {
             return Ok(Self { run: tensor.bytes, first: 0, outer: Vec::new() });
         };
         // Only the distance along an outer dimension may be that of a tensor without elements.
@@ -129,13 +129,14 @@ impl Reader {
         let checked = |plan: &Plan| {
             verify && plan.is_whole() && plan.tensor.checksum.is_some() && !plan.tensor.is_compressed()
         };
-        let hashes: Vec<(&Plan, u64)> = pieces
-            .into_par_iter()
-            .map(|piece| {
+        let hashes: Vec<(&Plan, u64)> = spread(
+            pieces,
+            |piece| piece.destination.len() as u64,
+            |piece| {
                 let plan = piece.plan;
                 piece.read(checked(plan), &self.bytes_read).map(|hash| (plan, hash))
-            })
-            .collect::<Result<_>>()?;
+            },
+        )?;
         // The blocks of a tensor follow one another.
         for blocks in hashes.chunk_by(|(a, _), (b, _)| std::ptr::eq(*a, *b)) {
             if let Some(&(plan, _)) = blocks.first().filter(|(plan, _)| checked(plan)) {
@@ -180,23 +181,26 @@ impl Reader {
                 (0..tensor.stored.max(1)).step_by(BLOCK).map(move |start| (shard, tensor, start))
             })
             .collect();
-        let hashes: Vec<Result<u64>> = blocks
-            .par_iter()
-            .map_init(
-                || vec![0; CHUNK],
-                |buffer, &(shard, tensor, start)| {
-                    let mut hash = XxHash3_64::new();
-                    let end = tensor.stored.min(start + BLOCK as u64);
-                    for at in (start..end).step_by(CHUNK) {
-                        let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
-                        shard.read(chunk, tensor.start + at, &tensor.name, &self.bytes_read)?;
-                        hash.write(chunk);
-                    }
-                    Ok(hash.finish())
-                },
-            )
-            .collect();
-        let mut hashes = hashes.into_iter();
+        let length = |tensor: &TensorInfo, start: u64| (tensor.stored - start).min(BLOCK as u64);
+        let hash = |(shard, tensor, start): (&Shard, &TensorInfo, u64)| {
+            let (mut hash, mut buffer) = (XxHash3_64::new(), vec![0; CHUNK]);
+            let end = start + length(tensor, start);
+            for at in (start..end).step_by(CHUNK) {
+                let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
+                shard.read(chunk, tensor.start + at, &tensor.name, &self.bytes_read)?;
+                hash.write(chunk);
+            }
+            Ok(hash.finish())
+        };
+        // A block that cannot be read is a fault of its tensor, not the end.
+        let hashes = spread(
+            blocks.clone(),
+            |&(_, tensor, start)| length(tensor, start),
+            |block| Ok::<_, std::convert::Infallible>(hash(block)),
+        );
+        let mut hashes = match hashes {
+            Ok(hashes) => hashes.into_iter(),
+        };
         for blocks in blocks.chunk_by(|(_, a, _), (_, b, _)| std::ptr::eq(*a, *b)) {
             let Some(&(shard, tensor, _)) = blocks.first() else { continue };
             let found: Result<Vec<u64>> =

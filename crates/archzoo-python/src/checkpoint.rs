@@ -1,11 +1,11 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use archzoo_checkpoint::{Dtype, Error, FolderWriter, Reader, Request, Tensor};
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArrayMethods};
+use numpy::PyReadonlyArray1;
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::pool;
 
@@ -24,8 +24,8 @@ fn to_python(error: Error) -> PyErr {
 #[pyclass(frozen, module = "archzoo._rust")]
 pub struct CheckpointReader(Reader);
 
-/// Name, destination, ranges of the first dimensions, dtype of the destination.
-type PyRequest<'py> = (String, Bound<'py, PyArray1<u8>>, Vec<(u64, u64)>, Option<String>);
+/// Name, address and bytes of the destination, ranges of the first dimensions, dtype of the destination.
+type PyRequest = (String, usize, usize, Vec<(u64, u64)>, Option<String>);
 
 #[pymethods]
 impl CheckpointReader {
@@ -35,16 +35,17 @@ impl CheckpointReader {
         py.detach(|| pool::run(|| Reader::open(&path)))?.map(Self).map_err(to_python)
     }
 
-    /// Names of the tensors: by file name, then in the order of their bytes.
-    fn keys(&self) -> Vec<&str> {
-        self.0.tensors().map(|(tensor, _)| tensor.name.as_str()).collect()
-    }
-
-    /// Dtype as the format writes it, shape, and path of the file.
-    fn info<'py>(&self, py: Python<'py>, name: &str) -> PyResult<(&str, Bound<'py, PyTuple>, String)> {
-        let (tensor, file) = self.0.tensor(name).map_err(to_python)?;
-        let shape = PyTuple::new(py, &tensor.shape)?;
-        Ok((tensor.dtype.name(), shape, file.to_string_lossy().into_owned()))
+    /// Dtype as the format writes it, shape, and path of the file of every tensor: by file name, then in the
+    /// order of their bytes.
+    fn infos<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let all = PyDict::new(py);
+        let mut paths: HashMap<&Path, Bound<PyString>> = HashMap::new();
+        for (tensor, file) in self.0.tensors() {
+            let path = paths.entry(file).or_insert_with(|| PyString::new(py, &file.to_string_lossy()));
+            let dtype = PyString::intern(py, tensor.dtype.name());
+            all.set_item(&tensor.name, (dtype, PyTuple::new(py, &tensor.shape)?, &*path))?;
+        }
+        Ok(all)
     }
 
     /// The headers' free-form strings; of shards that disagree, the first.
@@ -72,24 +73,19 @@ impl CheckpointReader {
         Ok(faults.iter().map(Error::to_string).collect())
     }
 
-    /// Reads tensors, or boxes of them, straight into contiguous byte arrays of their length; what is cast is
-    /// rounded to nearest even. With `verify` whole tensors are compared with their checksums.
+    /// Reads tensors, or boxes of them, straight into memory of their length; what is cast is rounded to
+    /// nearest even. With `verify` whole tensors are compared with their checksums.
     #[pyo3(signature = (requests, verify = false))]
     fn read_into(&self, py: Python, requests: Vec<PyRequest>, verify: bool) -> PyResult<()> {
         refuse_overlaps(&requests)?;
-        let mut arrays = requests
-            .iter()
-            .map(|(name, array, ..)| {
-                array
-                    .try_readwrite()
-                    .map_err(|e| PyValueError::new_err(format!("destination of {name:?}: {e}")))
-            })
-            .collect::<PyResult<Vec<PyReadwriteArray1<u8>>>>()?;
         let requests = requests
             .iter()
-            .zip(&mut arrays)
-            .map(|((name, _, ranges, dtype), array)| {
-                let destination = array.as_slice_mut().map_err(|_| not_contiguous("destination", name))?;
+            .map(|(name, address, bytes, ranges, dtype)| {
+                let destination: &mut [u8] = match bytes {
+                    0 => &mut [],
+                    // SAFETY: the caller holds the memory, and no two destinations meet.
+                    _ => unsafe { std::slice::from_raw_parts_mut(*address as *mut u8, *bytes) },
+                };
                 let dtype = dtype.as_deref().map(|dtype| dtype_of(dtype, name)).transpose()?;
                 Ok(Request { name, destination, ranges, dtype })
             })
@@ -103,12 +99,11 @@ fn dtype_of(dtype: &str, tensor: &str) -> PyResult<Dtype> {
         .ok_or_else(|| PyValueError::new_err(format!("dtype of {tensor:?} is unknown: {dtype:?}")))
 }
 
-/// Views of one buffer may meet although numpy sees different arrays.
 fn refuse_overlaps(requests: &[PyRequest]) -> PyResult<()> {
     let mut ranges: Vec<(usize, usize, &str)> = requests
         .iter()
-        .filter(|(_, array, ..)| array.len() > 0)
-        .map(|(name, array, ..)| (array.data() as usize, array.data() as usize + array.len(), name.as_str()))
+        .filter(|(_, _, bytes, ..)| *bytes > 0)
+        .map(|(name, address, bytes, ..)| (*address, address.saturating_add(*bytes), name.as_str()))
         .collect();
     ranges.sort_unstable();
     for pair in ranges.windows(2) {

@@ -2,7 +2,7 @@
 
 from archzoo.checkpoint.folder import adopt_dtypes, match, read_config, read_into, write_model
 from archzoo.checkpoint.plan import Rank, join, load_part, plan, read_part
-from archzoo.checkpoint.shards import Part, Reader, Verified, load, open, save, verify
+from archzoo.checkpoint.shards import Part, Reader, Verified, load, open, save, shown, verify
 
 __all__ = [
     "Part",
@@ -20,6 +20,7 @@ __all__ = [
     "read_into",
     "read_part",
     "save",
+    "shown",
     "verify",
     "write_model",
 ]

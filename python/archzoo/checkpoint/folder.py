@@ -21,6 +21,7 @@ from archzoo.data.gguf import GgufFile
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
 STAGE = 1 << 25  # bytes read at once into memory of their own
+Forms = dict[str, Format | None]  # of each of the file's weights; None when its tensor is the weight
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 
 
@@ -93,11 +94,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region, Format | None]]:
-    """The regions of the model, once everything in the file fits them: names both ways and all shapes.
-
-    With each goes the format of what is stored for it, None when that is the region itself.
-    """
+def match(model: nn.Module, reader: Reader, family: Family) -> Forms:
+    """How each weight of the model is stored, once everything in the file fits: names and all shapes."""
     stored = set(reader.keys())
     config: ModelConfig = model.config  # type: ignore[assignment]
     layers, depth = config.layers.count, 0 if config.mtp is None else config.mtp.depth
@@ -137,7 +135,7 @@ def match(model: nn.Module, reader: Reader, family: Family) -> list[tuple[Region
             raise CheckpointError(
                 f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(expected)}"
             )
-    return regions
+    return {region.name: form for region, form in regions}
 
 
 def _copies(model: nn.Module, family: Family) -> list[Region]:
@@ -152,9 +150,8 @@ def _copies(model: nn.Module, family: Family) -> list[Region]:
     ]
 
 
-def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
+def adopt_dtypes(model: nn.Module, reader: Reader, family: Family, forms: Forms) -> None:
     """Give every parameter of a `meta` model the dtype that is stored for it, bf16 for fewer bits."""
-    forms = {r.name: form for r, form in match(model, reader, family)}
     config: ModelConfig = model.config  # type: ignore[assignment]
     for name, tensor in model_tensors(model).items():
         keys = [region.name for region in family.regions(name, tensor, forms, config.layers.count)]
@@ -164,12 +161,20 @@ def adopt_dtypes(model: nn.Module, reader: Reader, family: Family) -> None:
 
 
 @torch.no_grad()
-def read_into(model: nn.Module, reader: Reader, family: Family, *, verify: bool = False) -> None:
-    """Fill the model; checks everything first, but that copies are what they copy.
+def read_into(
+    model: nn.Module, reader: Reader, family: Family, forms: Forms, *, verify: bool = False
+) -> None:
+    """Fill a model that `match` has compared with the file; then compares copies with what they copy.
 
     With `verify` what is read as a whole is compared with its checksum, where the file has one.
     """
-    read_regions(reader, match(model, reader, family), verify=verify)
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    regions = [
+        (region, forms[region.name])
+        for name, tensor in model_tensors(model).items()
+        for region in family.regions(name, tensor, forms, config.layers.count)
+    ]
+    read_regions(reader, regions, verify=verify)
     stored = set(reader.keys())
     for name, weight, shape, _ in _copies(model, family):
         if name in stored:

@@ -53,17 +53,20 @@ class Rule:
         self.transpose, self.interleave = transpose, interleave
         self.pattern = re.compile(re.escape(native).replace(r"\{i\}", r"(\d+)") + r"\Z")
 
+    def first(self, layer: str) -> str:
+        """The name of the first of the file's tensors."""
+        return self.parts[0].replace("{i}", layer).replace("{e}", "0")
+
     def regions(self, layer: str, tensor: Tensor) -> list[Region]:
         """The views of `tensor` that are the file's tensors."""
         parts = [part.replace("{i}", layer) for part in self.parts]
         if "{e}" not in parts[0]:
             pieces = tensor.chunk(len(parts), self.dim) if len(parts) > 1 else (tensor,)
             return [self._laid_out(p, v) for p, v in zip(parts, pieces, strict=True)]
-        out = []
-        for e, expert in enumerate(tensor):
-            for part, view in zip(parts, expert.chunk(len(parts)), strict=True):
-                out.append(self._laid_out(part.replace("{e}", str(e)), view))
-        return out
+        views = tensor.unflatten(1, (len(parts), -1)).flatten(0, 1)  # one call for all: there may be many
+        shape = tuple(views.shape[1:])
+        names = (part.replace("{e}", str(e)) for e in range(len(tensor)) for part in parts)
+        return [Region(name, view, shape) for name, view in zip(names, views.unbind(), strict=True)]
 
     def _laid_out(self, name: str, view: Tensor) -> Region:
         shape = (view.transpose(1, 2) if self.transpose else view).shape
@@ -107,8 +110,9 @@ class Family:
             name = f"layers.{layers + int(module[1])}.{name[module.end() :]}"
         for rule in self.aliases:
             if match := rule.pattern.match(name):
-                regions = rule.regions(match[1] if match.groups() else "", tensor)
-                if all(region.name in stored for region in regions):
+                layer = match[1] if match.groups() else ""
+                regions = rule.regions(layer, tensor) if rule.first(layer) in stored else []
+                if regions and all(region.name in stored for region in regions):
                     return regions
         for rule in self.rules:
             if match := rule.pattern.match(name):

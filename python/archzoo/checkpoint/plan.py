@@ -127,7 +127,7 @@ def read_part(
 
     `model` may be on `meta`. The whole checkpoint is checked first, only the rank's bytes are read.
     """
-    forms: dict[str, Format | None] = {region.name: form for region, form in match(model, reader, family)}
+    forms = match(model, reader, family)
     stored, layers = set(reader.keys()), model.config.layers.count
     tensors = model_tensors(model)
     out: dict[str, Tensor] = {}
@@ -158,7 +158,7 @@ def load_part(
     reader = Reader(folder)
     model = skeleton(config, dtype or torch.float32)
     if dtype is None:
-        adopt_dtypes(model, reader, family)
+        adopt_dtypes(model, reader, family, match(model, reader, family))
     with shown(reader, f"read {reader.path.name}", progress):
         return read_part(model, reader, family, rank, verify=verify)
 

@@ -67,8 +67,13 @@ FORMATS = (
 )
 
 
+PACKED = {form.dtype for form in FORMATS}
+
+
 def stored_as(reader: Reader, stored: Collection[str], name: str, shape: Shape) -> Format | None:
     """The format of a weight of that shape; None when it is stored as it is, or not at all."""
+    if name in stored and reader.info(name)[0] not in PACKED:
+        return None
     for form in FORMATS:
         names = form.names(name)
         found = len(shape) == form.dims and all(n in stored for n in names)

@@ -68,17 +68,22 @@ class Reader:
         with _faults():
             is_gguf = self.path.suffix == ".gguf"
             self._reader = GgufFile(path) if is_gguf else _rust.CheckpointReader(str(path))
+        self._infos = self._reader.infos()
 
     def keys(self) -> list[str]:
-        return self._reader.keys()
+        """Names of the tensors: by file name, then in the order of their bytes."""
+        return list(self._infos)
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...], str]:
         """(dtype, shape, file) of one tensor."""
-        with _faults():
-            tag, shape, file = self._reader.info(name)
+        if name not in self._infos:
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}': expected in the checkpoint, found in no file"
+            )
+        tag, shape, file = self._infos[name]
         if tag not in DTYPES:
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {tag}, which torch cannot hold")
-        return DTYPES[tag], tuple(shape), file
+        return DTYPES[tag], shape, file
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -109,19 +114,21 @@ class Reader:
         Between float32, bfloat16 and float16 they are cast on the way, rounded to nearest even. With `verify`
         tensors that are read as a whole are compared with their checksums, where the file has such.
         """
-        requests = []
+        requests, parts = [], list(parts)  # which keep the memory
         for name, tensor, ranges in parts:
             dtype, shape, file = self.info(name)
             wanted = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
             cast = tensor.dtype != dtype
             fits = not cast or {tensor.dtype, dtype} <= CASTS
+            fits = fits and tensor.device.type == "cpu"
             if not fits or tensor.shape != wanted or not tensor.is_contiguous():
                 order = "" if tensor.is_contiguous() else ", not contiguous"
                 raise CheckpointError(
                     f"{file}: tensor '{name}' is {dtype} {list(wanted)}, the destination is "
                     f"{tensor.dtype} {list(tensor.shape)}{order}"
                 )
-            requests.append((name, bytes_of(tensor), list(ranges), TAGS[tensor.dtype] if cast else None))
+            tag = TAGS[tensor.dtype] if cast else None
+            requests.append((name, tensor.data_ptr(), tensor.nbytes, list(ranges), tag))
         with _faults():
             self._reader.read_into(requests, verify)
 

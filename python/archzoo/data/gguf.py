@@ -141,16 +141,9 @@ class GgufFile:
             **ids,
         }
 
-    def keys(self) -> list[str]:
-        """Hugging Face names, in the file's order."""
-        return list(self._tensors)
-
-    def info(self, name: str) -> tuple[str, tuple[int, ...], str]:
-        """Dtype once read, shape, and path of the file."""
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.path}: tensor '{name}': expected in the file, found nowhere")
-        _, dtype, shape = self._tensors[name]
-        return dtype, shape, str(self.path)
+    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
+        """Per Hugging Face name: dtype once read, shape, and path of the file."""
+        return {name: (dtype, shape, str(self.path)) for name, (_, dtype, shape) in self._tensors.items()}
 
     def verify(self) -> list[str]:
         """Nothing: the format has no checksums."""
@@ -162,7 +155,7 @@ class GgufFile:
         size = 0
         for request in requests:
             batch.append(request)
-            dtype, shape, _ = self.info(request[0])
+            _, dtype, shape = self._tensors[request[0]]
             size += math.prod(shape) * DTYPES[dtype].itemsize
             if size > STAGE:
                 self._read_batch(batch)
@@ -172,21 +165,21 @@ class GgufFile:
     def _read_batch(self, requests: list[Request]) -> None:
         raw = []
         for name, out, ranges, dtype in requests:
-            stored, shape, _ = self.info(name)
+            own, stored, shape = self._tensors[name]
             size = math.prod(shape) * DTYPES[stored].itemsize
             direct = not ranges and dtype is None
-            raw.append((self._tensors[name][0], out if direct else np.empty(size, np.uint8)))
+            raw.append((own, out if direct else np.empty(size, np.uint8)))
         try:
             self._reader.read_into(raw)
         except _rust.CheckpointError as error:
             raise CheckpointError(str(error)) from None
         for (name, out, ranges, dtype), (_, whole) in zip(requests, raw, strict=True):
+            _, stored, shape = self._tensors[name]
             self.bytes_read += whole.size
             if name in self._heads:
-                whole[:] = _halves(whole, self._tensors[name][2][0], self._heads[name])
+                whole[:] = _halves(whole, shape[0], self._heads[name])
             if whole is out:
                 continue
-            stored, shape, _ = self.info(name)
             box = torch.from_numpy(whole).view(DTYPES[stored]).reshape(shape)
             for dim, (start, stop) in enumerate(ranges):
                 box = box.narrow(dim, start, stop - start)

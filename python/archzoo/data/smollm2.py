@@ -39,8 +39,7 @@ def smollm2_folder(out: str | Path) -> Path:
     try:
         gguf = GgufFile(path)
         tensors = []
-        for name in gguf.keys():  # noqa: SIM118
-            dtype, shape, _ = gguf.info(name)
+        for name, (dtype, shape, _) in gguf.infos().items():
             tensors.append((name, dtype, shape, np.empty(math.prod(shape) * 4, np.uint8)))
         gguf.read_into([(name, raw, [], None) for name, _, _, raw in tensors])
         with _rust.FolderWriter(out) as writer:
