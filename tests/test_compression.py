@@ -170,7 +170,7 @@ def test_headers_that_do_not_fit(tmp_path: Path, described: str, message: str) -
 
 
 def test_unknown_codecs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="compress 'zip': expected 'huffman' or None"):
+    with pytest.raises(InputError, match="compress 'zip': expected 'huffman', 'dfloat11' or None"):
         checkpoint.save({}, tmp_path / "m", compress="zip")
 
 
@@ -203,3 +203,41 @@ def test_dfloat11_buffers_that_do_not_fit() -> None:
         _rust.decode_dfloat11(buffers, [out[2:]])
     with pytest.raises(_rust.CheckpointError, match="gaps: expected"):
         _rust.decode_dfloat11((*buffers[:4], buffers[4][1:]), [out])
+
+
+def test_dfloat11_folders(tmp_path: Path) -> None:
+    model = archzoo.build(archzoo.config("smollm2-135m").tiny().override("vocab_size=4096")).bfloat16()
+    archzoo.save(model, tmp_path / "plain")
+    tensors = checkpoint.load(tmp_path / "plain")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan  # not held: stays as it is
+    checkpoint.save(tensors, tmp_path / "plain", compress="dfloat11")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["dfloat11_config"]["pattern_dict"].keys() == {
+        r"model\.embed_tokens",
+        r"model\.layers\.1",
+    }
+    with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {"model.layers.1.luts", "model.embed_tokens.gaps", "model.layers.0.mlp.up_proj.weight"} <= names
+    assert "model.layers.1.mlp.up_proj.weight" not in names
+
+    found = checkpoint.load(tmp_path / "plain", verify=True)
+    assert found.keys() == tensors.keys()
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+    assert checkpoint.verify(tmp_path / "plain").unchecked == ()
+    reader, name = checkpoint.open(tmp_path / "plain"), "model.layers.1.mlp.down_proj.weight"
+    assert same_bits(reader.read(name, slice(2, 5), slice(1, 3)), tensors[name][2:5, 1:3].contiguous())
+
+    # The public encoder does not write shapes: the model has them.
+    del config["dfloat11_config"]["shapes"]
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    assert checkpoint.open(tmp_path / "plain").info(name)[1] == (tensors[name].numel(),)
+    for dtype in (torch.bfloat16, torch.float32):
+        again = archzoo.load(tmp_path / "plain", dtype=dtype)
+        assert torch.equal(again.layers[1].ffn.down_proj.weight, tensors[name].to(dtype))
+
+    del config["dfloat11_config"]["pattern_dict"]["model\\.layers\\.1"]
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"module 'model\.layers\.1': expected a pattern"):
+        checkpoint.open(tmp_path / "plain")

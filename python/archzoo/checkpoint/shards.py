@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from archzoo import _rust
+from archzoo.checkpoint import dfloat11
+from archzoo.checkpoint.dfloat11 import DFloat11Folder
 from archzoo.data.gguf import GgufFile
 from archzoo.errors import CheckpointError, InputError
 
@@ -66,8 +69,12 @@ class Reader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _faults():
-            is_gguf = self.path.suffix == ".gguf"
-            self._reader = GgufFile(path) if is_gguf else _rust.CheckpointReader(str(path))
+            if self.path.suffix == ".gguf":
+                self._reader: _rust.CheckpointReader | GgufFile | DFloat11Folder = GgufFile(path)
+            elif config := dfloat11.config_of(self.path):
+                self._reader = DFloat11Folder(self.path, config)
+            else:
+                self._reader = _rust.CheckpointReader(str(path))
         self._infos = self._reader.infos()
 
     def keys(self) -> list[str]:
@@ -84,6 +91,12 @@ class Reader:
         if tag not in DTYPES:
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {tag}, which torch cannot hold")
         return DTYPES[tag], shape, file
+
+    def has_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor has that shape; a folder of DFloat11 that does not tell it takes it from here."""
+        if isinstance(self._reader, DFloat11Folder):
+            return self._reader.shape(name, shape)
+        return self.info(name)[1] == shape
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -130,7 +143,12 @@ class Reader:
             tag = TAGS[tensor.dtype] if cast else None
             requests.append((name, tensor.data_ptr(), tensor.nbytes, list(ranges), tag))
         with _faults():
-            self._reader.read_into(requests, verify)
+            if isinstance(self._reader, _rust.CheckpointReader):
+                self._reader.read_into(requests, verify)
+            elif isinstance(self._reader, DFloat11Folder):
+                self._reader.fill(parts, verify)
+            else:
+                self._reader.fill(parts)
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         """One tensor, or the rows `start:stop` (dim 0) and columns (dim 1) of it."""
@@ -269,10 +287,17 @@ def save(
 ) -> None:
     """Write tensors as a sharded safetensors folder, atomically.
 
-    compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds), which `load`,
-    `open` and `archzoo.load` read as if they were plain; None leaves them plain, for other readers.
+    compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds); "dfloat11"
+    does so with matrices in bfloat16, in the public format, and adds its part to config.json. `load`, `open`
+    and `archzoo.load` read both as if they were plain. None leaves tensors plain, for other readers.
     """
-    if compress not in (None, "huffman"):
-        raise InputError(f"compress '{compress}': expected 'huffman' or None")
+    if compress not in (None, "huffman", "dfloat11"):
+        raise InputError(f"compress '{compress}': expected 'huffman', 'dfloat11' or None")
     with atomic_folder(folder) as tmp:
-        write_shards(tensors, tmp, max_shard_size, compress is not None)
+        if compress == "dfloat11":
+            tensors, config = dfloat11.encode(tensors)
+            older = Path(folder) / "config.json"
+            content = json.loads(older.read_text(encoding="utf-8")) if older.exists() else {}
+            text = json.dumps(content | {dfloat11.KEY: config}, indent=2)
+            (tmp / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_shards(tensors, tmp, max_shard_size, compress == "huffman")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from archzoo import _rust
 from archzoo.errors import CheckpointError
@@ -40,7 +40,7 @@ INNER = {
     "ffn_down": "mlp.down_proj",
 }
 STAGE = 1 << 27  # bytes read at once into memory of their own
-Request = tuple[str, npt.NDArray[np.uint8], list[tuple[int, int]], str | None]
+Ranges = tuple[tuple[int, int], ...]
 
 
 class GgufFile:
@@ -48,7 +48,7 @@ class GgufFile:
 
     Quantised tensors are float32. llama.cpp stores the rows of q and k so that neighbours rotate together;
     here the two rotary halves of a head come one after the other: shapes do not tell the two apart,
-    perplexity does. Tensors are read as from a `_rust.CheckpointReader`.
+    perplexity does.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -149,44 +149,38 @@ class GgufFile:
         """Nothing: the format has no checksums."""
         return []
 
-    def read_into(self, requests: list[Request], verify: bool = False) -> None:
-        """Read tensors, or boxes of them cast to a dtype, into contiguous byte arrays of their length."""
-        batch: list[Request] = []
+    def fill(self, parts: Sequence[tuple[str, Tensor, Ranges]]) -> None:
+        """Read tensors, or boxes of them, into contiguous CPU tensors of any dtype."""
+        batch: list[tuple[str, Tensor, Ranges]] = []
         size = 0
-        for request in requests:
-            batch.append(request)
-            _, dtype, shape = self._tensors[request[0]]
+        for part in parts:
+            batch.append(part)
+            _, dtype, shape = self._tensors[part[0]]
             size += math.prod(shape) * DTYPES[dtype].itemsize
             if size > STAGE:
-                self._read_batch(batch)
+                self._fill_batch(batch)
                 batch, size = [], 0
-        self._read_batch(batch)
+        self._fill_batch(batch)
 
-    def _read_batch(self, requests: list[Request]) -> None:
-        raw = []
-        for name, out, ranges, dtype in requests:
+    def _fill_batch(self, parts: Sequence[tuple[str, Tensor, Ranges]]) -> None:
+        requests, wholes = [], []
+        for name, out, ranges in parts:
             own, stored, shape = self._tensors[name]
-            size = math.prod(shape) * DTYPES[stored].itemsize
-            direct = not ranges and dtype is None
-            raw.append((own, out if direct else np.empty(size, np.uint8)))
+            direct = not ranges and out.dtype == DTYPES[stored]
+            wholes.append(out if direct else torch.empty(shape, dtype=DTYPES[stored]))
+            requests.append((own, wholes[-1].reshape(-1).view(torch.uint8).numpy()))
         try:
-            self._reader.read_into(raw)
+            self._reader.read_into(requests)
         except _rust.CheckpointError as error:
             raise CheckpointError(str(error)) from None
-        for (name, out, ranges, dtype), (_, whole) in zip(requests, raw, strict=True):
-            _, stored, shape = self._tensors[name]
-            self.bytes_read += whole.size
+        for (name, out, ranges), whole in zip(parts, wholes, strict=True):
+            self.bytes_read += whole.nbytes
             if name in self._heads:
-                whole[:] = _halves(whole, shape[0], self._heads[name])
-            if whole is out:
-                continue
-            box = torch.from_numpy(whole).view(DTYPES[stored]).reshape(shape)
-            for dim, (start, stop) in enumerate(ranges):
-                box = box.narrow(dim, start, stop - start)
-            wanted = box.to(DTYPES[dtype or stored]).contiguous()
-            out[:] = wanted.reshape(-1).view(torch.uint8).numpy()
+                whole.copy_(_halves(whole, self._heads[name]))
+            if whole is not out:
+                out.copy_(whole[tuple(slice(*r) for r in ranges)])
 
 
-def _halves(raw: npt.NDArray[np.uint8], rows: int, heads: int) -> npt.NDArray[np.uint8]:
+def _halves(weight: Tensor, heads: int) -> Tensor:
     """Rows (2i, 2i + 1) of each head that rotate together -> first halves, then second halves."""
-    return raw.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(-1)
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

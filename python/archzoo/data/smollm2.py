@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from archzoo import _rust
 from archzoo.data.gguf import GgufFile
@@ -38,15 +37,14 @@ def smollm2_folder(out: str | Path) -> Path:
     path = smollm2_gguf()
     try:
         gguf = GgufFile(path)
-        tensors = []
-        for name, (dtype, shape, _) in gguf.infos().items():
-            tensors.append((name, dtype, shape, np.empty(math.prod(shape) * 4, np.uint8)))
-        gguf.read_into([(name, raw, [], None) for name, _, _, raw in tensors])
+        tensors = {name: torch.empty(shape) for name, (_, shape, _) in gguf.infos().items()}
+        gguf.fill([(name, tensor, ()) for name, tensor in tensors.items()])
+        items = [(n, "F32", tuple(t.shape), t.view(-1).view(torch.uint8).numpy()) for n, t in tensors.items()]
         with _rust.FolderWriter(out) as writer:
             for name, content in _json_files(gguf).items():
                 text = json.dumps(content, indent=None if name == "tokenizer.json" else 2, ensure_ascii=False)
                 (writer.path / name).write_text(text + "\n", encoding="utf-8")
-            _rust.write_shards(writer.path, tensors, 4_000_000_000)
+            _rust.write_shards(writer.path, items, 4_000_000_000)
             writer.commit()
     except _rust.CheckpointError as error:
         raise CheckpointError(str(error)) from None
