@@ -4,6 +4,9 @@
 //! shards, their index and a manifest; [`FolderWriter`] puts a finished folder in the place of an older one in
 //! one step. [`Reader::verify`] checks every byte: the manifest holds the checksums of the headers, these hold
 //! the checksums of the tensors.
+//!
+//! [`compress`] makes tensors smaller without loss, [`encode_dfloat11`] in a public format; [`Gguf`] reads files of
+//! that format.
 
 mod bitstream;
 mod cast;
