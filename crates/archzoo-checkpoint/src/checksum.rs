@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn pieces_do_not_matter() {
-        let bytes: Vec<u8> = (0..2 * BLOCK + 5).map(|i| (i * i >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..2 * BLOCK + 5).map(|i| ((i * i) >> 3) as u8).collect();
         for length in [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, bytes.len()] {
             let bytes = &bytes[..length];
             let mut pieces = Checksum::default();

@@ -365,7 +365,8 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 24) as u8
         };
-        let kernels: [(u32, fn(InstructionSet, &[u8], &mut [[u8; 4]])); 12] = [
+        type Kernel = fn(InstructionSet, &[u8], &mut [[u8; 4]]);
+        let kernels: [(u32, Kernel); 12] = [
             (2, q4_0),
             (3, q4_1),
             (6, q5_0),

@@ -435,7 +435,7 @@ mod tests {
         assert_eq!(b, [7; 12]);
         // 7 in both nibbles, less 8.
         let scale = archzoo_simd::math::from_f16(0x0707);
-        let (low, high) = (scale * -1.0, scale * -8.0);
+        let (low, high) = (-scale, scale * -8.0);
         let expected: Vec<u8> =
             (0..64).flat_map(|i| if i % 32 < 16 { low } else { high }.to_le_bytes()).collect();
         assert_eq!(a, expected);

@@ -9,6 +9,9 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 use crate::checkpoint::CheckpointError;
 use crate::pool;
 
+/// Name, dtype, shape, type.
+type PyTensor<'a, 'py> = (&'a str, &'a str, Bound<'py, PyTuple>, &'a str);
+
 /// An open GGUF file, checked before a tensor is read.
 #[pyclass(frozen, module = "archzoo._rust")]
 pub struct GgufReader(Gguf);
@@ -32,7 +35,7 @@ impl GgufReader {
     }
 
     /// Name, dtype once read, shape (rows first) and ggml's type of every tensor, in the file's order.
-    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&str, &str, Bound<'py, PyTuple>, &str)>> {
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Vec<PyTensor<'_, 'py>>> {
         let tensors = self.0.head().tensors.iter();
         tensors
             .map(|tensor| {
