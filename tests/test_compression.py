@@ -122,7 +122,7 @@ def test_a_model_is_loaded_from_it(tmp_path: Path) -> None:
     again = archzoo.load(tmp_path / "small")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert same_bits(a.detach(), b.detach()), name
-    args = ["ckpt", "compress", "--plain", str(tmp_path / "small"), str(tmp_path / "small")]
+    args = ["ckpt", "compress", "--codec", "plain", str(tmp_path / "small"), str(tmp_path / "small")]
     assert CliRunner().invoke(app, args).exit_code == 0
     file = "model.safetensors"
     assert (tmp_path / "small" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()

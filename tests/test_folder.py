@@ -390,7 +390,7 @@ def test_head_beside_tied_embeddings_is_ignored(saved: Callable[[str], Path], tm
 
 
 def test_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from archzoo.checkpoint import folder as module
+    from archzoo.checkpoint import shards as module
 
     target = tmp_path / "model"
     archzoo.save(archzoo.build(archzoo.config(LLAMA).tiny(), seed=1), target)

@@ -284,7 +284,7 @@ def test_a_checkpoint_is_safetensors_and_json_only(tmp_path: Path) -> None:
     run(model(2), kd(save_every=3, steps=4), tmp_path)
     files = [p for p in (tmp_path / "kd").rglob("*") if p.is_file()]
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".jsonl"}
-    assert json.loads((tmp_path / "kd/checkpoint/state.json").read_text())["step"] == 4
+    assert json.loads((tmp_path / "kd/checkpoint/state.json").read_text())["extra"]["step"] == 4
     with pytest.raises(CheckpointError, match=r"lr was 0.001, is 0.002"):
         run(model(2), kd(save_every=3, steps=4, lr=2e-3), tmp_path)
     entries = run(model(2), kd(save_every=3, steps=4, lr=2e-3), tmp_path, resume=False)

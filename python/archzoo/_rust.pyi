@@ -77,10 +77,10 @@ class CheckpointReader:
     @property
     def metadata(self) -> dict[str, str]:
         """The headers' free-form strings; of shards that disagree, the first."""
-    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
-        """Dtype as the format writes it ("F32", "BF16", ...), shape, and path of the file of every tensor.
+    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str, int | None]]:
+        """Dtype as the format writes it ("F32", ...), shape, path of the file and first byte of every tensor.
 
-        By file name, then in the order of their bytes.
+        By file name, then in the order of their bytes. Of one that is compressed the first byte is None.
         """
     @property
     def bytes_read(self) -> int:

@@ -26,6 +26,7 @@ mod planes;
 mod read;
 mod reader;
 mod spread;
+mod stream;
 mod writer;
 
 pub use container::{compress, decompress};

@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -10,6 +10,7 @@ use crate::checksum::{self, CHECKSUMS_KEY, Checksum};
 use crate::compressed::{self, COMPRESSED_KEY};
 use crate::header::{MAX_HEADER, METADATA_KEY};
 use crate::manifest::{Entry, Manifest};
+use crate::stream::Stream;
 use crate::{Dtype, Error, INDEX_FILE, MANIFEST_FILE, Result, SINGLE_FILE};
 
 /// A tensor to save.
@@ -25,8 +26,8 @@ pub struct Tensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Smaller writes are gathered, and larger ones hashed and written in parts of this size.
-const BUFFER: usize = 1 << 20;
+/// Bytes that are hashed and copied as one, while they are in a core's cache.
+const CHUNK: usize = 256 << 10;
 
 /// Writes `model.safetensors`, or shards of at most `max_shard_bytes` of data (a larger tensor gets its own)
 /// and their index, and the manifest, into an existing folder. Same input, same bytes. When it returns, all
@@ -140,26 +141,28 @@ fn write_shard(
         let message = format!("header length: expected at most {MAX_HEADER} bytes, found {length}");
         return Err(Error::new(path, message));
     }
-    let failed = || Error::io(path, "write");
-    let mut file = create(path).map_err(failed())?;
-    file.seek(SeekFrom::Start(8 + length as u64)).map_err(failed())?;
-    let mut writer = BufWriter::with_capacity(BUFFER, file);
     let mut stored = Vec::with_capacity(tensors.len());
-    for tensor in tensors {
-        let compressed = if compress { crate::compress(tensor.dtype, tensor.bytes) } else { None };
-        let bytes = compressed.as_deref().unwrap_or(tensor.bytes);
-        let mut checksum = Checksum::default();
-        for chunk in bytes.chunks(BUFFER) {
-            checksum.update(chunk);
-            writer.write_all(chunk).map_err(failed())?;
+    let mut write = || {
+        let mut stream = Stream::create(path)?;
+        stream.write(&vec![0; 8 + length])?;
+        for tensor in tensors {
+            let compressed = if compress { crate::compress(tensor.dtype, tensor.bytes) } else { None };
+            let bytes = compressed.as_deref().unwrap_or(tensor.bytes);
+            let mut checksum = Checksum::default();
+            for chunk in bytes.chunks(CHUNK) {
+                checksum.update(chunk);
+                stream.write(chunk)?;
+            }
+            stored.push(Stored {
+                bytes: bytes.len() as u64,
+                checksum: checksum.finish(),
+                is_compressed: compressed.is_some(),
+            });
         }
-        stored.push(Stored {
-            bytes: bytes.len() as u64,
-            checksum: checksum.finish(),
-            is_compressed: compressed.is_some(),
-        });
-    }
-    let file = writer.into_inner().map_err(|error| failed()(error.into_error()))?;
+        stream.finish()
+    };
+    let failed = || Error::io(path, "write");
+    let file = write().map_err(failed())?;
     let mut head = (length as u64).to_le_bytes().to_vec();
     head.extend(json(&stored)?);
     head.resize(8 + length, b' ');
@@ -208,7 +211,7 @@ fn pretty(value: &impl serde::Serialize) -> io::Result<Vec<u8>> {
     Ok(json)
 }
 
-fn create(path: &Path) -> io::Result<File> {
+pub(crate) fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).open(path)
 }
 

@@ -35,15 +35,16 @@ impl CheckpointReader {
         py.detach(|| pool::run(|| Reader::open(&path)))?.map(Self).map_err(to_python)
     }
 
-    /// Dtype as the format writes it, shape, and path of the file of every tensor: by file name, then in the
-    /// order of their bytes.
+    /// Dtype as the format writes it, shape, path of the file and first byte there of every tensor: by file
+    /// name, then in the order of their bytes.
     fn infos<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let all = PyDict::new(py);
         let mut paths: HashMap<&Path, Bound<PyString>> = HashMap::new();
         for (tensor, file) in self.0.tensors() {
             let path = paths.entry(file).or_insert_with(|| PyString::new(py, &file.to_string_lossy()));
             let dtype = PyString::intern(py, tensor.dtype.name());
-            all.set_item(&tensor.name, (dtype, PyTuple::new(py, &tensor.shape)?, &*path))?;
+            let start = (!tensor.is_compressed()).then_some(tensor.start);
+            all.set_item(&tensor.name, (dtype, PyTuple::new(py, &tensor.shape)?, &*path, start))?;
         }
         Ok(all)
     }

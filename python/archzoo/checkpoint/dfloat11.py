@@ -121,11 +121,11 @@ class DFloat11Folder:
                 shape = tuple(shapes.get(name, [size]))
                 if math.prod(shape) != size:
                     raise CheckpointError(f"{file}: tensor '{name}': expected {size} elements, found {shape}")
-                self._infos[name] = ("BF16", shape, file)
+                self._infos[name] = ("BF16", shape, file, None)
                 self._groups[name] = prefix
 
-    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
-        """Per weight: dtype, shape, and path of the file."""
+    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str, int | None]]:
+        """Per weight: dtype, shape, path of the file, and where it is in it (None in a group)."""
         return self._infos
 
     @property
@@ -144,9 +144,9 @@ class DFloat11Folder:
 
     def shape(self, name: str, expected: tuple[int, ...]) -> bool:
         """Give a weight of unknown shape the one that is expected; whether it has that now."""
-        tag, shape, file = self._infos[name]
+        tag, shape, file, start = self._infos[name]
         if name in self._groups and name not in self._shapes and shape == (math.prod(expected),):
-            self._infos[name] = (tag, expected, file)
+            self._infos[name] = (tag, expected, file, start)
         return self._infos[name][1] == expected
 
     def fill(self, parts: Sequence[tuple[str, Tensor, Ranges]], verify: bool = False) -> None:
@@ -178,7 +178,7 @@ class DFloat11Folder:
                     out.copy_(weights[name][tuple(slice(*r) for r in ranges)])
 
     def _read(self, name: str, verify: bool = False) -> Bytes:
-        tag, shape, file = self._stored[name]
+        tag, shape, file, _ = self._stored[name]
         if tag not in ("U8", "I64"):
             raise CheckpointError(f"{file}: tensor '{name}': expected U8 or I64, found {tag}")
         out = np.empty(math.prod(shape) * (1 if tag == "U8" else 8), np.uint8)

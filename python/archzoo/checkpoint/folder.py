@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from archzoo.checkpoint.families import families
 from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.quantized import Format, stored_as
-from archzoo.checkpoint.shards import CASTS, Part, Reader, atomic_folder, write_shards
+from archzoo.checkpoint.shards import CASTS, Contents, Part, Reader, write_contents
 from archzoo.configuration import ModelConfig
 from archzoo.data.gguf import GgufFile
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
@@ -277,6 +277,11 @@ def write_model(
     extra_files: dict[str, bytes] | None = None,
 ) -> None:
     """config files, weights and `extra_files` (tokenizer and the like) as one atomic folder."""
+    write_contents(model_contents(model, extra_files), folder, max_shard_size)
+
+
+def model_contents(model: nn.Module, extra_files: dict[str, bytes] | None = None) -> Contents:
+    """config files, weights (views of the parameters) and `extra_files` of a model's folder."""
     config: ModelConfig = model.config  # type: ignore[assignment]
     family = _family_for(config)
     layers = config.layers.count
@@ -285,19 +290,14 @@ def write_model(
         regions = family.regions(name, tensor.detach(), layers=layers)
         tensors |= {r.name: r.view.reshape(r.shape) for r in regions}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    contents = family.write(config)
-    with atomic_folder(folder) as tmp:
-        for file, content in contents.items():
-            if file == "config.json":
-                content = {**content, "torch_dtype": dtype}
-            text = json.dumps(_wrap(content), indent=2, allow_nan=False)
-            (tmp / file).write_text(text + "\n", encoding="utf-8")
-        for file, raw in (extra_files or {}).items():
-            (tmp / file).write_bytes(raw)
-        write_shards(tensors, tmp, max_shard_size)
-    for other in families().values():  # an older folder's other files were carried over
-        for file in set(other.files) - set(contents):
-            (Path(folder) / file).unlink(missing_ok=True)
+    files = {}
+    for file, content in family.write(config).items():
+        if file == "config.json":
+            content = {**content, "torch_dtype": dtype}
+        text = json.dumps(_wrap(content), indent=2, allow_nan=False)
+        files[file] = (text + "\n").encode()
+    obsolete = {file for other in families().values() for file in other.files} - set(files)
+    return Contents(tensors, files | (extra_files or {}), tuple(sorted(obsolete)))
 
 
 def _family_for(config: ModelConfig) -> Family:
@@ -310,7 +310,7 @@ def _family_for(config: ModelConfig) -> Family:
         return family
     warnings.warn(
         f"the '{family.name}' layout cannot hold this config ({field}); writing the zoo's own layout instead",
-        stacklevel=4,
+        stacklevel=5,
     )
     return known["archzoo"]
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
@@ -87,7 +87,7 @@ class Reader:
             raise CheckpointError(
                 f"{self.path}: tensor '{name}': expected in the checkpoint, found in no file"
             )
-        tag, shape, file = self._infos[name]
+        tag, shape, file, _ = self._infos[name]
         if tag not in DTYPES:
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {tag}, which torch cannot hold")
         return DTYPES[tag], shape, file
@@ -97,6 +97,20 @@ class Reader:
         if isinstance(self._reader, DFloat11Folder):
             return self._reader.shape(name, shape)
         return self.info(name)[1] == shape
+
+    def mapped(self, name: str) -> Tensor:
+        """One tensor as a private map of the file: its bytes are read when they are used, and may be dropped.
+
+        The file must stay as it is while the tensor is used. One that is compressed or quantised is read.
+        """
+        dtype, shape, file = self.info(name)
+        start = self._infos[name][3]
+        if start is None:
+            return self.read(name)
+        stop = start + math.prod(shape) * dtype.itemsize
+        raw = torch.from_file(file, shared=False, size=stop, dtype=torch.uint8)[start:]
+        aligned = raw if start % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).reshape(shape)
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -279,25 +293,74 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a folder is to hold: tensors in shards, other files, and no longer the `obsolete` ones."""
+
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    obsolete: tuple[str, ...] = ()
+
+
+def write_contents(
+    contents: Contents, folder: str | Path, max_shard_size: int | str, compress: str | None = None
+) -> None:
+    """Write a folder atomically: until all of it is on the disk, an older one stays as it was.
+
+    compress: as `save` has it.
+    """
+    if compress not in (None, "huffman", "dfloat11"):
+        raise InputError(f"compress '{compress}': expected 'huffman', 'dfloat11' or None")
+    with atomic_folder(folder) as tmp:
+        tensors = contents.tensors
+        for name, content in contents.files.items():
+            (tmp / name).write_bytes(content)
+        if compress == "dfloat11":
+            tensors, settings = dfloat11.encode(tensors)
+            older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
+            config = json.loads(older.read_text(encoding="utf-8")) if older else {}
+            text = json.dumps(config | {dfloat11.KEY: settings}, indent=2)
+            (tmp / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_shards(tensors, tmp, max_shard_size, compress == "huffman")
+    for name in contents.obsolete:  # carried over with an older folder's other files
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
+    """A checkpoint as `save` writes it anew: tensors that stay in their files until then, and other files.
+
+    With `dtype` floating-point tensors of at least 16 bits are cast, in memory.
+    """
+    tensors = {name: reader.mapped(name) for name in reader.keys()}  # noqa: SIM118
+    if dtype is not None:
+        wide = {torch.float64, *CASTS}
+        tensors = {name: t.to(dtype) if t.dtype in wide else t for name, t in tensors.items()}
+    folder = reader.path if reader.path.is_dir() else None
+    files = {}
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.is_file() and not (
+            path.name.startswith("model") and path.suffix in (".json", ".safetensors")
+        ):
+            files[path.name] = path.read_bytes()
+    if dtype is not None and "config.json" in files:
+        config = json.loads(files["config.json"])
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("dtype", None)
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    return Contents(tensors, files)
+
+
 def save(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Contents,
     folder: str | Path,
     max_shard_size: int | str = "4GB",
     compress: str | None = None,
 ) -> None:
-    """Write tensors as a sharded safetensors folder, atomically.
+    """Write tensors, or what `training_state` gives, as a sharded safetensors folder, atomically.
 
     compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds); "dfloat11"
     does so with matrices in bfloat16, in the public format, and adds its part to config.json. `load`, `open`
     and `archzoo.load` read both as if they were plain. None leaves tensors plain, for other readers.
     """
-    if compress not in (None, "huffman", "dfloat11"):
-        raise InputError(f"compress '{compress}': expected 'huffman', 'dfloat11' or None")
-    with atomic_folder(folder) as tmp:
-        if compress == "dfloat11":
-            tensors, config = dfloat11.encode(tensors)
-            older = Path(folder) / "config.json"
-            content = json.loads(older.read_text(encoding="utf-8")) if older.exists() else {}
-            text = json.dumps(content | {dfloat11.KEY: config}, indent=2)
-            (tmp / "config.json").write_text(text + "\n", encoding="utf-8")
-        write_shards(tensors, tmp, max_shard_size, compress == "huffman")
+    contents = tensors if isinstance(tensors, Contents) else Contents(tensors)
+    write_contents(contents, folder, max_shard_size, compress)

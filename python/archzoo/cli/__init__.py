@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from archzoo.cli.app import app
-from archzoo.cli.ckpt import ckpt
+from archzoo.cli.ckpt import ckpt_app
 from archzoo.cli.demo import demo_command
 from archzoo.cli.inspect import cost_command, list_command, show_command
 from archzoo.cli.pack import pack_command
@@ -17,6 +17,6 @@ app.command("distill")(distill_command)
 app.command("generate")(generate_command)
 app.command("pack")(pack_command)
 app.command("demo")(demo_command)
-app.add_typer(ckpt, name="ckpt")
+app.add_typer(ckpt_app, name="ckpt")
 
 __all__ = ["app"]

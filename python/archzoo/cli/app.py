@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from archzoo.errors import ArchzooError, InputError
+from archzoo.errors import ArchzooError, ConfigError, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from archzoo.configuration import ModelConfig
 
 # Read when torch starts its threads. Threads that wait by spinning make a shared machine many times slower.
@@ -67,6 +69,18 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """What a converted model takes over from its source besides weights and config."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """A floating-point dtype by name."""
+    import torch
+
+    from archzoo.costs import ITEMSIZE
+
+    if name not in ITEMSIZE:
+        raise ConfigError(f"dtype '{name}': expected one of {', '.join(ITEMSIZE)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def si(number: float, unit: str = "") -> str:

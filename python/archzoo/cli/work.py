@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archzoo.cli.app import console, tokenizer_files, tokenizer_of
-from archzoo.errors import ConfigError, InputError
+from archzoo.cli.app import console, tokenizer_files, tokenizer_of, torch_dtype
+from archzoo.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
@@ -188,18 +187,6 @@ def texts(path: Path | None) -> tuple[str, str]:
     text = read_text(path)
     cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
     return text[:cut], text[cut:]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """A floating-point dtype by name."""
-    import torch
-
-    from archzoo.costs import ITEMSIZE
-
-    if name not in ITEMSIZE:
-        raise ConfigError(f"dtype '{name}': expected one of {', '.join(ITEMSIZE)}")
-    found: torch.dtype = getattr(torch, name)
-    return found
 
 
 def chat_prompt(folder: Path, question: str) -> str:

@@ -141,9 +141,11 @@ class GgufFile:
             **ids,
         }
 
-    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
-        """Per Hugging Face name: dtype once read, shape, and path of the file."""
-        return {name: (dtype, shape, str(self.path)) for name, (_, dtype, shape) in self._tensors.items()}
+    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str, int | None]]:
+        """Per Hugging Face name: dtype once read, shape, path of the file, None for where it is in it."""
+        return {
+            name: (dtype, shape, str(self.path), None) for name, (_, dtype, shape) in self._tensors.items()
+        }
 
     def verify(self) -> list[str]:
         """Nothing: the format has no checksums."""

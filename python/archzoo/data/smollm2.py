@@ -37,7 +37,7 @@ def smollm2_folder(out: str | Path) -> Path:
     path = smollm2_gguf()
     try:
         gguf = GgufFile(path)
-        tensors = {name: torch.empty(shape) for name, (_, shape, _) in gguf.infos().items()}
+        tensors = {name: torch.empty(shape) for name, (_, shape, *_) in gguf.infos().items()}
         gguf.fill([(name, tensor, ()) for name, tensor in tensors.items()])
         items = [(n, "F32", tuple(t.shape), t.view(-1).view(torch.uint8).numpy()) for n, t in tensors.items()]
         with _rust.FolderWriter(out) as writer:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from archzoo import checkpoint
-from archzoo.checkpoint.shards import atomic_folder, write_shards
+from archzoo.checkpoint.training import whole
 from archzoo.data import Pack, PackedDataset, TokenBlocks
 from archzoo.distill.stages import ILD, KD, Recipe, decays, objective, trains
 from archzoo.errors import ArchzooError, CheckpointError, InputError
@@ -193,7 +193,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = _whole(torch.nn.utils.clip_grad_norm_(params, stage.clip)).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(params, stage.clip)).item()
         value = loss.item()
         if not isfinite(value + norm):  # before the weights take it in
             raise ArchzooError(
@@ -280,40 +280,25 @@ class _Run:
 
     def _save(self) -> None:
         """Everything that the next step depends on; a finished stage keeps only the weights."""
-        done = self.step == self.steps
-        tensors = {f"model.{name}": _whole(t) for name, t in self.student.state_dict().items()}
-        for name, parameter in self.student.named_parameters():
-            for key, value in ({} if done else self.optimizer.state.get(parameter, {})).items():
-                tensors[f"optimizer.{name}.{key}"] = _whole(value)
+        optimizer = None if self.step == self.steps else self.optimizer
+        extra = {"step": self.step, "stage": self._identity()}
+        contents = checkpoint.training_state(self.student, optimizer, extra=extra, data=self.blocks)
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "stage": self._identity(), "data": self.blocks.state_dict()}
-            with atomic_folder(self.folder / "checkpoint") as tmp:
-                write_shards(tensors, tmp, "4GB")
-                (tmp / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            checkpoint.save(contents, self.folder / "checkpoint")
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
         folder = self.folder / "checkpoint"
         if not folder.is_dir():
             return
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state["stage"] != (mine := self._identity()):
-            keys = [key for key in mine if mine[key] != state["stage"].get(key)]
-            changes = "; ".join(f"{key} was {state['stage'].get(key)}, is {mine[key]}" for key in keys)
+        extra = checkpoint.read_state(folder)["extra"]
+        if extra["stage"] != (mine := self._identity()):
+            keys = [key for key in mine if mine[key] != extra["stage"].get(key)]
+            changes = "; ".join(f"{key} was {extra['stage'].get(key)}, is {mine[key]}" for key in keys)
             raise CheckpointError(f"{folder}: made by another recipe: {changes}")
-        tensors = checkpoint.load(folder)
-        with torch.no_grad():
-            for name, target in self.student.state_dict().items():
-                if (saved := tensors.get(f"model.{name}")) is None or saved.shape != target.shape:
-                    raise CheckpointError(f"{folder}: '{name}' of {list(target.shape)} is missing or differs")
-                target.copy_(_like(saved, target))
-            for name, parameter in self.student.named_parameters():
-                prefix = f"optimizer.{name}."
-                found = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-                if found:
-                    self.optimizer.state[parameter] = {k: _like(t, parameter) for k, t in found.items()}
-        self.blocks.load_state_dict(state["data"])
-        self.step = state["step"]
+        optimizer = None if extra["step"] == self.steps else self.optimizer
+        checkpoint.load_training(folder, self.student, optimizer, data=self.blocks)
+        self.step = extra["step"]
 
     def _identity(self) -> Metrics:
         """What must not change between a checkpoint and its continuation, as JSON holds it."""
@@ -403,19 +388,3 @@ def _blocks(data: npt.ArrayLike | Blocks | Pack, stage: ILD | KD, rank: int, wor
 
 def _seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 1_000_003 + rank) % (1 << 63)
-
-
-def _whole(tensor: Any) -> Tensor:
-    """All of a tensor that FSDP may have sharded."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
-
-
-def _like(tensor: Tensor, target: Any) -> Tensor:
-    """A loaded tensor on the target's device, sharded like it."""
-    tensor = tensor.to(target.device)
-    if hasattr(target, "full_tensor") and tensor.ndim:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor, target.device_mesh, target.placements)
-    return tensor
