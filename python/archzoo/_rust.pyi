@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Self, final
+from typing import Any, Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,18 @@ __all__ = [
     "CheckpointError",
     "CheckpointReader",
     "FolderWriter",
+    "GgufReader",
     "Tokenizer",
     "TokenizerError",
     "Utf8Stream",
     "__version__",
     "attention",
+    "compress",
     "conv",
     "conv_step",
+    "decode_dfloat11",
+    "decompress",
+    "encode_dfloat11",
     "eplb",
     "experts",
     "gate",
@@ -38,6 +43,9 @@ __all__ = [
     "write_shards",
 ]
 __version__: str
+
+_Bytes: TypeAlias = npt.NDArray[np.uint8]
+_Buffers: TypeAlias = tuple[_Bytes, _Bytes, _Bytes, _Bytes, _Bytes]
 
 @final
 class BpeTrainer:
@@ -70,10 +78,10 @@ class CheckpointReader:
     @property
     def metadata(self) -> dict[str, str]:
         """The headers' free-form strings; of shards that disagree, the first."""
-    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str, int]]:
+    def infos(self) -> dict[str, tuple[str, tuple[int, ...], str, int | None]]:
         """Dtype as the format writes it ("F32", ...), shape, path of the file and first byte of every tensor.
 
-        By file name, then in the order of their bytes.
+        By file name, then in the order of their bytes. Of one that is compressed the first byte is None.
         """
     @property
     def bytes_read(self) -> int:
@@ -119,6 +127,20 @@ class FolderWriter:
         """Removes the temporary folder. Does nothing after a commit."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
+
+@final
+class GgufReader:
+    """An open GGUF file (version 2 or 3), checked before a tensor is read."""
+
+    def __new__(cls, path: str | os.PathLike[str]) -> Self:
+        """Opens a file."""
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Values by key: numbers, strings, booleans and lists of them."""
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...], str]]:
+        """Name, dtype once read, shape (rows first) and ggml's type of every tensor, in the file's order."""
+    def read_into(self, requests: list[tuple[str, npt.NDArray[np.uint8]]]) -> None:
+        """Reads tensors into contiguous byte arrays of their length, quantised ones as float32."""
 
 def eplb(
     load: int,
@@ -389,9 +411,37 @@ def write_shards(
     folder: str | os.PathLike[str],
     tensors: list[tuple[str, str, tuple[int, ...], npt.NDArray[np.uint8]]],
     max_shard_bytes: int,
+    compress: bool = False,
 ) -> None:
     """Writes a checkpoint into an existing folder, through to the disk.
 
     One file, or shards of at most `max_shard_bytes` and their index. Tensors (name, dtype, shape, bytes) are
-    dealt to shards in the given order.
+    dealt to shards in the given order. `compress`: as containers where these are smaller.
+    """
+
+def compress(dtype: str, bytes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
+    """The container of a tensor's contiguous bytes, None where that is no smaller.
+
+    dtype: as safetensors writes it; BF16, F32, F16 and the F8 types with a mantissa are compressed.
+    """
+
+def decompress(dtype: str, stored: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> None:
+    """Fills `out`, which has their length, with the bytes that a container holds.
+
+    Raises:
+        CheckpointError: The container is damaged, or not one of `out.size` bytes of `dtype`.
+    """
+
+def encode_dfloat11(weights: list[npt.NDArray[np.uint8]]) -> _Buffers | None:
+    """DFloat11's buffers of a group of bfloat16 weights (their bytes).
+
+    Returns: luts, encoded_exponent, sign_mantissa, output_positions (uint32), gaps, all as bytes; None where
+    the container cannot hold the weights (an exponent of 240 or more) or is no smaller.
+    """
+
+def decode_dfloat11(buffers: _Buffers, weights: list[npt.NDArray[np.uint8]]) -> None:
+    """Fills weights (their bytes) from the buffers of their group.
+
+    Raises:
+        CheckpointError: The buffers do not fit each other or the weights.
     """

@@ -90,11 +90,12 @@ def load(
     verify: bool = False,
     progress: bool = False,
 ) -> CausalLM:
-    """The model of any supported Hugging Face folder; the family is found from its files.
+    """The model of any supported Hugging Face folder, or of a Llama's .gguf file; the files tell the family.
 
-    dtype None keeps the stored one. DeepSeek-V3's and GLM-4.5's multi-token prediction modules are left out,
-    as transformers does, unless `mtp`. `verify` compares the weights with their checksums, where the folder
-    has such; `progress` shows a bar. All or nothing: an error leaves no half-loaded model.
+    dtype None keeps the stored one, float32 for what a GGUF file quantises. DeepSeek-V3's and GLM-4.5's
+    multi-token prediction modules are left out, as transformers does, unless `mtp`. `verify` compares the
+    weights with their checksums, where the folder has such; `progress` shows a bar. All or nothing: an error
+    leaves no half-loaded model.
     """
     cfg, family = checkpoint.read_config(folder, mtp)
     reader = checkpoint.open(folder)

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::checksum::{self, CHECKSUMS_KEY};
+use crate::compressed::{self, COMPRESSED_KEY};
 use crate::{Dtype, Error, Result};
 
 /// Longest header that the format allows, in bytes.
@@ -25,14 +26,23 @@ pub struct TensorInfo {
     pub start: u64,
     /// Length in bytes.
     pub bytes: u64,
+    /// Length in the file: less where the tensor is compressed, else the same.
+    pub stored: u64,
     /// What its bytes should hash to, where the header says.
     pub checksum: Option<u64>,
+}
+
+impl TensorInfo {
+    /// Whether the file holds a container instead of the elements.
+    pub fn is_compressed(&self) -> bool {
+        self.stored != self.bytes
+    }
 }
 
 /// The checked header of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    /// Free-form strings, but for the checksums.
+    /// Free-form strings, but for the checksums and what is compressed.
     pub metadata: BTreeMap<String, String>,
     /// Tensors in the order of their bytes.
     pub tensors: Vec<TensorInfo>,
@@ -72,6 +82,11 @@ impl Header {
         let checksums = match checksums.as_deref().map(checksum::parse_all) {
             None => BTreeMap::new(),
             Some(parsed) => parsed.map_err(|e| fault(format!("header: {CHECKSUMS_KEY}: {e}")))?,
+        };
+        let compressed = raw.metadata.remove(COMPRESSED_KEY);
+        let mut compressed = match compressed.as_deref().map(compressed::parse_all) {
+            None => BTreeMap::new(),
+            Some(parsed) => parsed.map_err(|e| fault(format!("header: {COMPRESSED_KEY}: {e}")))?,
         };
 
         let data_start = 8 + json.len() as u64;
@@ -120,7 +135,16 @@ impl Header {
             position = end;
             let checksum = checksums.get(&name).copied();
             let start = data_start + start;
-            tensors.push(TensorInfo { name, dtype, shape: raw.shape, start, bytes, checksum });
+            let mut tensor =
+                TensorInfo { name, dtype, shape: raw.shape, start, bytes, stored: bytes, checksum };
+            if let Some(original) = compressed.remove(&tensor.name) {
+                original.describe(&mut tensor).map_err(|e| Error::tensor(file, &tensor.name, e))?;
+            }
+            tensors.push(tensor);
+        }
+        if let Some((name, _)) = compressed.first_key_value() {
+            let message = format!("expected in the file (by {COMPRESSED_KEY}), found nowhere");
+            return Err(Error::tensor(file, name, message));
         }
         if position != data_size {
             let message = format!(

@@ -4,23 +4,38 @@
 //! shards, their index and a manifest; [`FolderWriter`] puts a finished folder in the place of an older one in
 //! one step. [`Reader::verify`] checks every byte: the manifest holds the checksums of the headers, these hold
 //! the checksums of the tensors.
+//!
+//! [`compress`] makes tensors smaller without loss, [`encode_dfloat11`] in a public format; [`Gguf`] reads files of
+//! that format.
 
+mod bitstream;
 mod cast;
 mod checksum;
+mod compressed;
+mod container;
+mod dequantize;
+mod dfloat11;
 mod dtype;
 mod error;
 mod folder;
+mod gguf;
 mod header;
+mod huffman;
 mod manifest;
+mod planes;
 mod read;
 mod reader;
 mod spread;
 mod stream;
 mod writer;
 
+pub use container::{compress, decompress};
+pub use dequantize::Kind;
+pub use dfloat11::{Buffers, Encoded, decode_dfloat11, encode_dfloat11};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
+pub use gguf::{Array, Gguf, GgufHead, GgufTensor, Value};
 pub use header::{Header, TensorInfo};
 pub use read::Request;
 pub use reader::{Reader, parse_index};

@@ -1,5 +1,5 @@
 use std::hash::Hasher;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use twox_hash::XxHash3_64;
 
@@ -125,7 +125,10 @@ impl Reader {
                 piece.start,
             )
         });
-        let checked = |plan: &Plan| verify && plan.is_whole() && plan.tensor.checksum.is_some();
+        // A container has checksums of its own.
+        let checked = |plan: &Plan| {
+            verify && plan.is_whole() && plan.tensor.checksum.is_some() && !plan.tensor.is_compressed()
+        };
         let hashes: Vec<(&Plan, u64)> = spread(
             pieces,
             |piece| piece.destination.len() as u64,
@@ -175,10 +178,10 @@ impl Reader {
             self.shards.iter().flat_map(|shard| shard.header.tensors.iter().map(move |t| (shard, t)));
         let blocks: Vec<(&Shard, &TensorInfo, u64)> = tensors
             .flat_map(|(shard, tensor)| {
-                (0..tensor.bytes.max(1)).step_by(BLOCK).map(move |start| (shard, tensor, start))
+                (0..tensor.stored.max(1)).step_by(BLOCK).map(move |start| (shard, tensor, start))
             })
             .collect();
-        let length = |tensor: &TensorInfo, start: u64| (tensor.bytes - start).min(BLOCK as u64);
+        let length = |tensor: &TensorInfo, start: u64| (tensor.stored - start).min(BLOCK as u64);
         let hash = |(shard, tensor, start): (&Shard, &TensorInfo, u64)| {
             let (mut hash, mut buffer) = (XxHash3_64::new(), vec![0; CHUNK]);
             let end = start + length(tensor, start);
@@ -231,10 +234,18 @@ impl Piece<'_, '_> {
         let Self { plan, start: mut at, destination } = self;
         let mut hash = hashed.then(XxHash3_64::new);
         let mut buffer = Vec::new();
+        let container = plan.tensor.is_compressed().then(|| plan.shard.container(plan.tensor)).transpose()?;
+        let fill = |bytes: &mut [u8], offset: u64| match &container {
+            None => plan.shard.read(bytes, plan.tensor.start + offset, plan.name, count),
+            Some(container) => {
+                let result = container.read_exact_at(bytes, offset);
+                count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                result.map_err(|error| plan.shard.unreadable(plan.name, error))
+            }
+        };
         let mut rest = destination;
         while !rest.is_empty() {
             let (offset, run) = plan.selection.locate(at);
-            let offset = plan.tensor.start + offset;
             let limit = if hashed || plan.cast.is_some() { CHUNK as u64 } else { BLOCK as u64 };
             let read = run.min(limit) as usize;
             let (from, to) = plan.widths();
@@ -243,12 +254,12 @@ impl Piece<'_, '_> {
             let (now, later) = rest.split_at_mut(written);
             let raw: &[u8] = match plan.cast {
                 None => {
-                    plan.shard.read(now, offset, plan.name, count)?;
+                    fill(now, offset)?;
                     now
                 }
                 Some((cast, _)) => {
                     buffer.resize(read, 0);
-                    plan.shard.read(&mut buffer, offset, plan.name, count)?;
+                    fill(&mut buffer, offset)?;
                     cast(&buffer, now);
                     &buffer
                 }

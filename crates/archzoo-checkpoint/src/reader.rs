@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use crate::container::{Container, Section};
 use crate::header::{Header, MAX_HEADER, TensorInfo, UniqueMap};
 use crate::{Error, INDEX_FILE, Result, SINGLE_FILE};
 
@@ -144,12 +145,21 @@ impl Reader {
 impl Shard {
     /// Fills `bytes` from `offset` on, for tensor `name`, and counts them.
     pub(crate) fn read(&self, bytes: &mut [u8], offset: u64, name: &str, count: &AtomicU64) -> Result<()> {
-        self.file.read_exact_at(bytes, offset).map_err(|error| Error {
-            tensor: Some(name.to_owned()),
-            ..Error::io(&self.path, "read")(error)
-        })?;
+        self.file.read_exact_at(bytes, offset).map_err(|error| self.unreadable(name, error))?;
         count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The container of a compressed tensor.
+    pub(crate) fn container(&self, tensor: &TensorInfo) -> Result<Container<Section<'_>>> {
+        let section = Section { file: &self.file, start: tensor.start, size: tensor.stored };
+        Container::open(tensor.dtype, section, tensor.bytes)
+            .map_err(|error| self.unreadable(&tensor.name, error))
+    }
+
+    /// A tensor that could not be read.
+    pub(crate) fn unreadable(&self, name: &str, error: io::Error) -> Error {
+        Error { tensor: Some(name.to_owned()), ..Error::io(&self.path, "read")(error) }
     }
 
     fn open(path: &Path) -> Result<Self> {

@@ -7,6 +7,7 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use crate::checksum::{self, CHECKSUMS_KEY, Checksum};
+use crate::compressed::{self, COMPRESSED_KEY};
 use crate::header::{MAX_HEADER, METADATA_KEY};
 use crate::manifest::{Entry, Manifest};
 use crate::stream::Stream;
@@ -33,11 +34,14 @@ const CHUNK: usize = 256 << 10;
 /// is on the disk.
 ///
 /// Tensors are dealt to shards in the given order; shards are written on the threads of rayon's current pool.
+/// With `compress`, floating-point tensors are stored as [`compress`](crate::compress) gives them where that is
+/// smaller; shards are planned as without.
 pub fn save(
     folder: &Path,
     tensors: &[Tensor],
     max_shard_bytes: u64,
     metadata: &BTreeMap<String, String>,
+    compress: bool,
 ) -> Result<()> {
     if max_shard_bytes == 0 {
         return Err(Error::new(folder, "max_shard_bytes: expected at least 1, found 0"));
@@ -68,7 +72,9 @@ pub fn save(
     let mut entries: BTreeMap<String, Entry> = shards
         .par_iter()
         .enumerate()
-        .map(|(i, shard)| Ok((file_name(i), write_shard(&folder.join(file_name(i)), shard, metadata)?)))
+        .map(|(i, shard)| {
+            Ok((file_name(i), write_shard(&folder.join(file_name(i)), shard, metadata, compress)?))
+        })
         .collect::<Vec<_>>()
         .into_iter()
         .collect::<Result<_>>()?;
@@ -109,55 +115,86 @@ fn plan<'a>(tensors: &[Tensor<'a>], max_shard_bytes: u64) -> Vec<Vec<Tensor<'a>>
     shards
 }
 
+/// How a tensor is stored.
+#[derive(Clone, Copy)]
+struct Stored {
+    bytes: u64,
+    checksum: u64,
+    is_compressed: bool,
+}
+
 /// Writes a shard and returns its entry in the manifest.
-fn write_shard(path: &Path, tensors: &[Tensor], metadata: &BTreeMap<String, String>) -> Result<Entry> {
-    // Every checksum has the same length, so the header's is known before they are.
+fn write_shard(
+    path: &Path,
+    tensors: &[Tensor],
+    metadata: &BTreeMap<String, String>,
+    compress: bool,
+) -> Result<Entry> {
     let json =
-        |checksums: &[u64]| header(tensors, checksums, metadata).map_err(Error::io(path, "write the header"));
-    let length = json(&vec![0; tensors.len()])?.len() as u64;
-    if length > MAX_HEADER {
+        |stored: &[Stored]| header(tensors, stored, metadata).map_err(Error::io(path, "write the header"));
+    // Every checksum has the same length, so the header's is known before they are; of what is compressed, the
+    // most that it can have.
+    let plain =
+        |tensor: &Tensor| Stored { bytes: tensor.bytes.len() as u64, checksum: 0, is_compressed: compress };
+    let length = json(&tensors.iter().map(plain).collect::<Vec<_>>())?.len();
+    if length as u64 > MAX_HEADER {
         let message = format!("header length: expected at most {MAX_HEADER} bytes, found {length}");
         return Err(Error::new(path, message));
     }
-    let mut checksums = Vec::with_capacity(tensors.len());
+    let mut stored = Vec::with_capacity(tensors.len());
     let mut write = || {
         let mut stream = Stream::create(path)?;
-        stream.write(&vec![0; 8 + length as usize])?;
+        stream.write(&vec![0; 8 + length])?;
         for tensor in tensors {
+            let compressed = if compress { crate::compress(tensor.dtype, tensor.bytes) } else { None };
+            let bytes = compressed.as_deref().unwrap_or(tensor.bytes);
             let mut checksum = Checksum::default();
-            for chunk in tensor.bytes.chunks(CHUNK) {
+            for chunk in bytes.chunks(CHUNK) {
                 checksum.update(chunk);
                 stream.write(chunk)?;
             }
-            checksums.push(checksum.finish());
+            stored.push(Stored {
+                bytes: bytes.len() as u64,
+                checksum: checksum.finish(),
+                is_compressed: compressed.is_some(),
+            });
         }
         stream.finish()
     };
     let failed = || Error::io(path, "write");
     let file = write().map_err(failed())?;
-    let mut head = length.to_le_bytes().to_vec();
-    head.extend(json(&checksums)?);
+    let mut head = (length as u64).to_le_bytes().to_vec();
+    head.extend(json(&stored)?);
+    head.resize(8 + length, b' ');
     file.write_all_at(&head, 0).and_then(|()| file.sync_all()).map_err(failed())?;
-    let bytes = head.len() as u64 + tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum::<u64>();
+    let bytes = head.len() as u64 + stored.iter().map(|stored| stored.bytes).sum::<u64>();
     Ok(Entry::new(bytes, &head))
 }
 
-fn header(tensors: &[Tensor], checksums: &[u64], metadata: &BTreeMap<String, String>) -> io::Result<Vec<u8>> {
+fn header(tensors: &[Tensor], stored: &[Stored], metadata: &BTreeMap<String, String>) -> io::Result<Vec<u8>> {
+    let both = || tensors.iter().zip(stored);
     let by_name: BTreeMap<&str, String> =
-        tensors.iter().zip(checksums).map(|(tensor, &sum)| (tensor.name, checksum::hex(sum))).collect();
+        both().map(|(tensor, stored)| (tensor.name, checksum::hex(stored.checksum))).collect();
     let mut metadata = metadata.clone();
     metadata.insert(CHECKSUMS_KEY.to_owned(), serde_json::to_string(&by_name)?);
+    if stored.iter().any(|stored| stored.is_compressed) {
+        let compressed = both().filter(|(_, stored)| stored.is_compressed).map(|(tensor, _)| tensor);
+        metadata.insert(COMPRESSED_KEY.to_owned(), compressed::describe(compressed)?);
+    }
     let mut json = Vec::new();
     write!(json, "{{{}:{},", serde_json::to_string(METADATA_KEY)?, serde_json::to_string(&metadata)?)?;
     let mut start = 0;
-    for tensor in tensors {
-        let end = start + tensor.bytes.len();
+    for (tensor, stored) in both() {
+        let end = start + stored.bytes;
+        let (dtype, shape) = match stored.is_compressed {
+            true => ("U8", &[stored.bytes][..]),
+            false => (tensor.dtype.name(), tensor.shape),
+        };
         write!(
             json,
-            r#"{}:{{"dtype":"{}","shape":{},"data_offsets":[{start},{end}]}},"#,
+            r#"{}:{{"dtype":"{dtype}","shape":{},"data_offsets":[{start},{end}]}},"#,
             serde_json::to_string(tensor.name)?,
-            tensor.dtype,
-            serde_json::to_string(tensor.shape)?,
+            serde_json::to_string(shape)?,
         )?;
         start = end;
     }

@@ -47,7 +47,7 @@ fn shards_by_size_in_the_given_order() {
         f32_tensor("empty", &[0, 7], &[]),
         f32_tensor("scalar", &[], &bytes[..4]),
     ];
-    save(folder.path(), &tensors, 48, &metadata()).unwrap();
+    save(folder.path(), &tensors, 48, &metadata(), false).unwrap();
     let reader = Reader::open(folder.path()).unwrap();
     let found: Vec<(&str, &str)> = reader
         .tensors()
@@ -76,7 +76,7 @@ fn shards_by_size_in_the_given_order() {
         )
     );
 
-    let again = save(folder.path(), &tensors, 48, &metadata()).unwrap_err();
+    let again = save(folder.path(), &tensors, 48, &metadata(), false).unwrap_err();
     assert!(again.to_string().contains("exists"), "{again}");
 }
 
@@ -84,7 +84,7 @@ fn shards_by_size_in_the_given_order() {
 fn large_tensors_are_read_in_pieces() {
     let folder = tempfile::tempdir().unwrap();
     let bytes: Vec<u8> = (0..13 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    save(folder.path(), &[f32_tensor("a", &[13, 1 << 18], &bytes)], u64::MAX, &metadata()).unwrap();
+    save(folder.path(), &[f32_tensor("a", &[13, 1 << 18], &bytes)], u64::MAX, &metadata(), false).unwrap();
     let reader = Reader::open(&folder.path().join(SINGLE_FILE)).unwrap();
     assert!(read(&reader, "a", None, bytes.len()) == bytes);
     assert!(read(&reader, "a", Some((2, 12)), 10 << 20) == bytes[2 << 20..12 << 20]);
@@ -95,7 +95,7 @@ fn bad_requests_are_refused_before_a_byte_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let bytes = [1; 16];
     let tensors = [f32_tensor("a", &[2, 2], &bytes), f32_tensor("scalar", &[], &bytes[..4])];
-    save(folder.path(), &tensors, u64::MAX, &metadata()).unwrap();
+    save(folder.path(), &tensors, u64::MAX, &metadata(), false).unwrap();
     let reader = Reader::open(folder.path()).unwrap();
     for (name, length, rows, message) in [
         ("b", 16, None, "\"b\": expected in the checkpoint"),
@@ -128,7 +128,7 @@ fn bad_tensors_are_not_saved() {
         (vec![f32_tensor("__metadata__", &[4], &bytes)], 1, "reserved"),
         (vec![f32_tensor("a", &[4], &bytes)], 0, "max_shard_bytes"),
     ] {
-        let error = save(folder.path(), &tensors, limit, &metadata()).unwrap_err().to_string();
+        let error = save(folder.path(), &tensors, limit, &metadata(), false).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
@@ -157,7 +157,7 @@ static VALID: LazyLock<Vec<u8>> = LazyLock::new(|| {
         f32_tensor("a", &[2, 3], &bytes[..24]),
         Tensor { name: "b", dtype: Dtype::from_name("BF16").unwrap(), shape: &[8], bytes: &bytes[24..] },
     ];
-    save(folder.path(), &tensors, u64::MAX, &metadata()).unwrap();
+    save(folder.path(), &tensors, u64::MAX, &metadata(), false).unwrap();
     fs::read(folder.path().join(SINGLE_FILE)).unwrap()
 });
 
@@ -213,7 +213,7 @@ fn counted(folder: &Path) -> Vec<u16> {
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let dtype = Dtype::from_name("BF16").unwrap();
     let tensor = Tensor { name: "a", dtype, shape: &[3, 5, 7, 2], bytes: &bytes };
-    save(folder, &[f32_tensor("before", &[1], &[9; 4]), tensor], u64::MAX, &metadata()).unwrap();
+    save(folder, &[f32_tensor("before", &[1], &[9; 4]), tensor], u64::MAX, &metadata(), false).unwrap();
     values
 }
 
@@ -267,7 +267,7 @@ fn every_flipped_bit_is_found() {
     let folder = tempfile::tempdir().unwrap();
     let bytes: Vec<u8> = (0..48).collect();
     let tensors = [f32_tensor("a", &[2, 3], &bytes[..24]), f32_tensor("b", &[6], &bytes[24..])];
-    save(folder.path(), &tensors, 24, &metadata()).unwrap();
+    save(folder.path(), &tensors, 24, &metadata(), false).unwrap();
     assert!(Reader::open(folder.path()).unwrap().verify().is_empty());
     for file in fs::read_dir(folder.path()).unwrap() {
         let path = file.unwrap().path();
@@ -293,7 +293,7 @@ fn every_flipped_bit_is_found() {
 fn a_damaged_block_of_a_large_tensor_is_found_by_reading_it() {
     let folder = tempfile::tempdir().unwrap();
     let bytes: Vec<u8> = (0..9 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    save(folder.path(), &[f32_tensor("a", &[9, 1 << 18], &bytes)], u64::MAX, &metadata()).unwrap();
+    save(folder.path(), &[f32_tensor("a", &[9, 1 << 18], &bytes)], u64::MAX, &metadata(), false).unwrap();
     let path = folder.path().join(SINGLE_FILE);
     let mut file = fs::read(&path).unwrap();
     let middle = file.len() - (5 << 20);

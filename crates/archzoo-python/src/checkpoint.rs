@@ -43,7 +43,8 @@ impl CheckpointReader {
         for (tensor, file) in self.0.tensors() {
             let path = paths.entry(file).or_insert_with(|| PyString::new(py, &file.to_string_lossy()));
             let dtype = PyString::intern(py, tensor.dtype.name());
-            all.set_item(&tensor.name, (dtype, PyTuple::new(py, &tensor.shape)?, &*path, tensor.start))?;
+            let start = (!tensor.is_compressed()).then_some(tensor.start);
+            all.set_item(&tensor.name, (dtype, PyTuple::new(py, &tensor.shape)?, &*path, start))?;
         }
         Ok(all)
     }
@@ -124,13 +125,16 @@ fn not_contiguous(what: &str, name: &str) -> PyErr {
 type PyTensor<'py> = (String, String, Vec<u64>, Bound<'py, PyAny>);
 
 /// Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index, into an existing
-/// folder, through to the disk. Tensors are dealt to shards in the given order.
+/// folder, through to the disk. Tensors are dealt to shards in the given order. `compress`: as containers where
+/// these are smaller.
 #[pyfunction]
+#[pyo3(signature = (folder, tensors, max_shard_bytes, compress=false))]
 pub fn write_shards(
     py: Python,
     folder: PathBuf,
     tensors: Vec<PyTensor>,
     max_shard_bytes: u64,
+    compress: bool,
 ) -> PyResult<()> {
     let arrays = tensors
         .iter()
@@ -150,8 +154,8 @@ pub fn write_shards(
         })
         .collect::<PyResult<Vec<Tensor>>>()?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    py.detach(|| pool::run(|| archzoo_checkpoint::save(&folder, &tensors, max_shard_bytes, &metadata)))?
-        .map_err(to_python)
+    let save = || archzoo_checkpoint::save(&folder, &tensors, max_shard_bytes, &metadata, compress);
+    py.detach(|| pool::run(save))?.map_err(to_python)
 }
 
 /// Builds a folder beside its final place and puts it there in one step. As a context manager it aborts unless

@@ -2,9 +2,11 @@
 
 mod bpe;
 mod checkpoint;
+mod compression;
 mod decode;
 mod eplb;
 mod gate;
+mod gguf;
 mod lines;
 mod plan;
 mod pool;
@@ -21,6 +23,8 @@ mod _rust {
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
+    use super::compression::{compress, decode_dfloat11, decompress, encode_dfloat11};
+    #[pymodule_export]
     use super::decode::{
         attention, conv, conv_step, experts, gated_rms_norm, latent_attention, linear, rms_norm, rope,
         ssd_scan, ssd_step, swiglu,
@@ -29,6 +33,8 @@ mod _rust {
     use super::eplb::eplb;
     #[pymodule_export]
     use super::gate::gate;
+    #[pymodule_export]
+    use super::gguf::GgufReader;
     #[pymodule_export]
     use super::lines::json_texts;
     #[pymodule_export]

@@ -17,6 +17,7 @@ from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.quantized import Format, stored_as
 from archzoo.checkpoint.shards import CASTS, Contents, Part, Reader, write_contents
 from archzoo.configuration import ModelConfig
+from archzoo.data.gguf import GgufFile
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
 STAGE = 1 << 25  # bytes read at once into memory of their own
@@ -25,7 +26,7 @@ USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a w
 
 
 def read_config(folder: str | Path, mtp: bool = False) -> tuple[ModelConfig, Family]:
-    """The config of a folder and the family whose layout it has.
+    """The config of a folder or GGUF file and the family whose layout it has.
 
     Prediction modules that transformers leaves out are part of it if `mtp`.
     """
@@ -58,6 +59,8 @@ def read_config(folder: str | Path, mtp: bool = False) -> tuple[ModelConfig, Fam
 
 
 def _json_files(folder: Path) -> dict[str, Any]:
+    if folder.suffix == ".gguf":
+        return {"config.json": GgufFile(folder).config()}
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     files = {}
@@ -128,7 +131,7 @@ def match(model: nn.Module, reader: Reader, family: Family) -> Forms:
         if dtype not in USABLE:
             known = ", ".join(str(d).removeprefix("torch.") for d in USABLE)
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {dtype}, expected one of {known}")
-        if shape != expected:
+        if not reader.has_shape(name, expected):
             raise CheckpointError(
                 f"{file}: tensor '{name}' has shape {list(shape)}, the config asks for {list(expected)}"
             )

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from archzoo import _rust
+from archzoo.checkpoint import dfloat11
+from archzoo.checkpoint.dfloat11 import DFloat11Folder
+from archzoo.data.gguf import GgufFile
 from archzoo.errors import CheckpointError, InputError
 
 DTYPES = {
@@ -66,7 +69,12 @@ class Reader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _faults():
-            self._reader = _rust.CheckpointReader(str(path))
+            if self.path.suffix == ".gguf":
+                self._reader: _rust.CheckpointReader | GgufFile | DFloat11Folder = GgufFile(path)
+            elif config := dfloat11.config_of(self.path):
+                self._reader = DFloat11Folder(self.path, config)
+            else:
+                self._reader = _rust.CheckpointReader(str(path))
         self._infos = self._reader.infos()
 
     def keys(self) -> list[str]:
@@ -84,13 +92,21 @@ class Reader:
             raise CheckpointError(f"{file}: tensor '{name}' has dtype {tag}, which torch cannot hold")
         return DTYPES[tag], shape, file
 
+    def has_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor has that shape; a folder of DFloat11 that does not tell it takes it from here."""
+        if isinstance(self._reader, DFloat11Folder):
+            return self._reader.shape(name, shape)
+        return self.info(name)[1] == shape
+
     def mapped(self, name: str) -> Tensor:
         """One tensor as a private map of the file: its bytes are read when they are used, and may be dropped.
 
-        The file must stay as it is while the tensor is used.
+        The file must stay as it is while the tensor is used. One that is compressed or quantised is read.
         """
         dtype, shape, file = self.info(name)
         start = self._infos[name][3]
+        if start is None:
+            return self.read(name)
         stop = start + math.prod(shape) * dtype.itemsize
         raw = torch.from_file(file, shared=False, size=stop, dtype=torch.uint8)[start:]
         aligned = raw if start % dtype.itemsize == 0 else raw.clone()
@@ -141,7 +157,12 @@ class Reader:
             tag = TAGS[tensor.dtype] if cast else None
             requests.append((name, tensor.data_ptr(), tensor.nbytes, list(ranges), tag))
         with _faults():
-            self._reader.read_into(requests, verify)
+            if isinstance(self._reader, _rust.CheckpointReader):
+                self._reader.read_into(requests, verify)
+            elif isinstance(self._reader, DFloat11Folder):
+                self._reader.fill(parts, verify)
+            else:
+                self._reader.fill(parts)
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         """One tensor, or the rows `start:stop` (dim 0) and columns (dim 1) of it."""
@@ -160,7 +181,11 @@ class Reader:
 
 
 def open(path: str | Path) -> Reader:
-    """Open a .safetensors file or a folder with one or several; CheckpointError names the fault."""
+    """Open a .safetensors or .gguf file or a folder with one or several of the former.
+
+    CheckpointError names the fault. Tensors of a GGUF file go by their Hugging Face names, quantised ones are
+    float32.
+    """
     return Reader(path)
 
 
@@ -237,8 +262,13 @@ def shard_bytes(size: int | str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str) -> None:
-    """Write shards (and an index when there are several) into an existing folder."""
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str, compress: bool = False
+) -> None:
+    """Write shards (and an index when there are several) into an existing folder.
+
+    With `compress`, floating-point tensors are stored losslessly in less where that can be.
+    """
     items = []
     for name, tensor in tensors.items():
         if tensor.dtype not in TAGS:
@@ -246,7 +276,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: str | Path, max_shard_si
         plain = tensor.detach().cpu().contiguous()
         items.append((name, TAGS[tensor.dtype], tuple(tensor.shape), bytes_of(plain)))
     with _faults():
-        _rust.write_shards(str(folder), items, shard_bytes(max_shard_size))
+        _rust.write_shards(str(folder), items, shard_bytes(max_shard_size), compress)
 
 
 @contextmanager
@@ -272,12 +302,26 @@ class Contents:
     obsolete: tuple[str, ...] = ()
 
 
-def write_contents(contents: Contents, folder: str | Path, max_shard_size: int | str) -> None:
-    """Write a folder atomically: until all of it is on the disk, an older one stays as it was."""
+def write_contents(
+    contents: Contents, folder: str | Path, max_shard_size: int | str, compress: str | None = None
+) -> None:
+    """Write a folder atomically: until all of it is on the disk, an older one stays as it was.
+
+    compress: as `save` has it.
+    """
+    if compress not in (None, "huffman", "dfloat11"):
+        raise InputError(f"compress '{compress}': expected 'huffman', 'dfloat11' or None")
     with atomic_folder(folder) as tmp:
+        tensors = contents.tensors
         for name, content in contents.files.items():
             (tmp / name).write_bytes(content)
-        write_shards(contents.tensors, tmp, max_shard_size)
+        if compress == "dfloat11":
+            tensors, settings = dfloat11.encode(tensors)
+            older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
+            config = json.loads(older.read_text(encoding="utf-8")) if older else {}
+            text = json.dumps(config | {dfloat11.KEY: settings}, indent=2)
+            (tmp / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_shards(tensors, tmp, max_shard_size, compress == "huffman")
     for name in contents.obsolete:  # carried over with an older folder's other files
         (Path(folder) / name).unlink(missing_ok=True)
 
@@ -307,8 +351,16 @@ def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
 
 
 def save(
-    tensors: Mapping[str, Tensor] | Contents, folder: str | Path, max_shard_size: int | str = "4GB"
+    tensors: Mapping[str, Tensor] | Contents,
+    folder: str | Path,
+    max_shard_size: int | str = "4GB",
+    compress: str | None = None,
 ) -> None:
-    """Write tensors, or what `training_state` gives, as a sharded safetensors folder, atomically."""
+    """Write tensors, or what `training_state` gives, as a sharded safetensors folder, atomically.
+
+    compress: "huffman" stores floating-point tensors losslessly in less (bfloat16: two thirds); "dfloat11"
+    does so with matrices in bfloat16, in the public format, and adds its part to config.json. `load`, `open`
+    and `archzoo.load` read both as if they were plain. None leaves tensors plain, for other readers.
+    """
     contents = tensors if isinstance(tensors, Contents) else Contents(tensors)
-    write_contents(contents, folder, max_shard_size)
+    write_contents(contents, folder, max_shard_size, compress)
