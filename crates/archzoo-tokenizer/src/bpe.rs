@@ -1,3 +1,5 @@
+use crate::backtrack::Backtrack;
+use crate::error::Result;
 use crate::merges::{List, Merges};
 use crate::vocab::Vocab;
 
@@ -21,6 +23,7 @@ pub enum Symbols {
 pub struct Work {
     symbols: Vec<u32>,
     list: List,
+    dead: Vec<u64>,
 }
 
 /// Byte-pair encoding.
@@ -28,10 +31,10 @@ pub struct Work {
 pub struct Bpe {
     /// The tokens.
     pub vocab: Vocab,
-    /// The merges.
-    pub merges: Merges,
+    merges: Merges,
+    backtrack: Option<Backtrack>,
     /// What is merged.
-    pub symbols: Symbols,
+    symbols: Symbols,
     /// A piece that is a token is that token, whatever its merges give.
     pub ignore_merges: bool,
     /// Stands for a symbol without a token; such symbols are dropped if there is none.
@@ -41,15 +44,52 @@ pub struct Bpe {
 }
 
 impl Bpe {
+    /// A model of tokens and merges (left, right, rank in rising order, with the id that each rank gives).
+    pub fn new(
+        vocab: Vocab,
+        symbols: Symbols,
+        merges: &[(u32, u32, u32)],
+        products: Vec<u32>,
+    ) -> Result<Self> {
+        let mut table = Merges::new(merges, products.clone())?;
+        let mut backtrack = None;
+        if let Symbols::Bytes(bytes) = &symbols
+            && let Some((made, kept)) = Backtrack::new(&vocab, bytes, merges, &table)
+        {
+            // The others are never made, and a smaller table is a faster one.
+            table = Merges::new(&kept, products)?;
+            backtrack = Some(made);
+        }
+        Ok(Self {
+            vocab,
+            merges: table,
+            backtrack,
+            symbols,
+            ignore_merges: false,
+            unknown: None,
+            fuse_unknown: false,
+        })
+    }
+
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         if self.ignore_merges
+            && self.backtrack.as_ref().is_none_or(|b| b.unreached)
             && let Some(id) = self.vocab.get(piece)
         {
             out.push(id);
             return;
         }
-        let Work { symbols, list } = work;
+        if let Some(backtrack) = &self.backtrack
+            && backtrack.encode(piece, &self.vocab, &self.merges, &mut work.dead, out)
+        {
+            return;
+        }
+        self.merge(piece, work, out);
+    }
+
+    fn merge(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
+        let Work { symbols, list, .. } = work;
         symbols.clear();
         match &self.symbols {
             Symbols::Bytes(ids) => {

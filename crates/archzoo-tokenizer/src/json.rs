@@ -12,7 +12,6 @@ use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::byte_level;
 use crate::decode::{DecodeStep, Decoder};
 use crate::error::{Error, Result};
-use crate::merges::Merges;
 use crate::metaspace::{Metaspace, Prepend};
 use crate::model::Model;
 use crate::normalize::Normalizer;
@@ -550,8 +549,6 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
         left_right.push((id(&buffer[..cut])?, id(&buffer[cut..])?, rank));
         products.push(id(&buffer)?);
     }
-    let merges = Merges::new(&left_right, products)?;
-
     let symbols = if byte_level {
         let mut ids = Box::new([MISSING; 256]);
         for byte in 0..=255u8 {
@@ -569,7 +566,9 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
             Some(found.ok_or_else(|| Error::new(format!("the vocabulary lacks the unk_token {token:?}")))?)
         }
     };
-    Ok(Model::Bpe(Bpe { vocab, merges, symbols, ignore_merges, unknown, fuse_unknown }))
+    let mut model = Bpe::new(vocab, symbols, &left_right, products)?;
+    (model.ignore_merges, model.unknown, model.fuse_unknown) = (ignore_merges, unknown, fuse_unknown);
+    Ok(Model::Bpe(model))
 }
 
 fn wordpiece(mut f: Fields, tokens: &[(Cow<str>, u32)]) -> Result<Model> {

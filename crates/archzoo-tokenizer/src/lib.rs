@@ -1,6 +1,7 @@
 //! Text to token ids and back: exact, linear on any input, without a regex on the hot path.
 
 mod added;
+mod backtrack;
 mod bpe;
 mod byte_level;
 mod cache;
@@ -16,6 +17,7 @@ mod normalize;
 mod split;
 mod tiktoken;
 mod tokenizer;
+mod trie;
 mod unigram;
 mod vocab;
 mod wordpiece;

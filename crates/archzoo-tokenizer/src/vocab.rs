@@ -79,6 +79,17 @@ impl Vocab {
         self.longest
     }
 
+    /// Number of tokens that `get` knows.
+    pub fn found(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Number of bytes of a token that is there.
+    #[inline(always)]
+    pub fn length(&self, id: u32) -> usize {
+        bytes_of(&self.bytes, &self.ends, id).len()
+    }
+
     /// Bytes of a token; none for an id that is not there.
     pub fn bytes(&self, id: u32) -> Option<&[u8]> {
         ((id as usize) < self.ends.len()).then(|| bytes_of(&self.bytes, &self.ends, id))
