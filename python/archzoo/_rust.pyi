@@ -119,8 +119,16 @@ class TokenizerError(Exception):
 class Tokenizer:
     """A tokenizer, ready for any number of threads."""
 
-    def __new__(cls, path: str | os.PathLike[str], pattern: str | None = None) -> Self:
-        """Reads a `tokenizer.json`, or a tiktoken rank file with the name of its pattern (or a regex)."""
+    def __new__(
+        cls,
+        path: str | os.PathLike[str],
+        pattern: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Reads a `tokenizer.json`, a GGUF file's vocabulary or a rank file with its pattern's name (or a regex).
+
+        `cache` is a folder for tables that are built once.
+        """
     @property
     def vocab_size(self) -> int:
         """Number of ids, those of added tokens included."""
@@ -130,9 +138,13 @@ class Tokenizer:
     def added_tokens(self) -> list[tuple[str, int, bool]]:
         """Content, id, and whether it is a control token."""
     def encode(
-        self, text: str, add_special_tokens: bool, allowed_special: set[str] | None
+        self, text: str | bytes, add_special_tokens: bool, allowed_special: set[str] | None
     ) -> npt.NDArray[np.uint32]:
-        """Ids `[N]` of a text; `allowed_special` None is all."""
+        """Ids `[N]` of a text or of bytes; `allowed_special` None is all."""
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool, allowed_special: set[str] | None
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids `[N]` of a text, and where their bytes start and end in it `[2 * N]`."""
     def count(self, text: str, add_special_tokens: bool, allowed_special: set[str] | None) -> int:
         """Number of ids of a text."""
     def encode_batch(

@@ -29,6 +29,16 @@ class Ragged(NamedTuple):
     offsets: npt.NDArray[np.int64]
 
 
+class Located(NamedTuple):
+    """Ids of a text and where they are: `ids` uint32 [N], `offsets` int64 [N, 2].
+
+    Id i stands for `text.encode()[offsets[i, 0]:offsets[i, 1]]`.
+    """
+
+    ids: Ids
+    offsets: npt.NDArray[np.int64]
+
+
 class Tokenizer:
     """A tokenizer with the ids of the file's own library, read from a file or a model's folder."""
 
@@ -37,19 +47,26 @@ class Tokenizer:
         self._config = config or {}
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], pattern: str | None = None) -> Self:
-        """Read a `tokenizer.json`, or a tiktoken rank file.
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        pattern: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Read a `tokenizer.json`, the vocabulary in a GGUF file, or a tiktoken rank file.
 
         Args:
             path: The file.
             pattern: For a rank file: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the
                 special tokens, or a regular expression.
+            cache: A folder for a byte-pair tokenizer's tables, in a file named by the hash of `path`'s
+                content. It is written once, and makes later loads several times faster.
 
         Raises:
             TokenizerError: The file is damaged, or asks for something that is not supported.
         """
         try:
-            return cls(_rust.Tokenizer(path, pattern))
+            return cls(_rust.Tokenizer(path, pattern, cache))
         except _rust.TokenizerError as error:
             raise TokenizerError(str(error)) from None
 
@@ -85,12 +102,13 @@ class Tokenizer:
         return self._native.hash
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
+        self, text: str | bytes, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
     ) -> Ids:
         """Ids [N] of a text.
 
         Args:
-            text: The text.
+            text: The text, or its bytes. Bytes that are not UTF-8, which a byte-level tokenizer takes, are cut
+                off from what is: each stretch of them is a piece of its own.
             add_special_tokens: Add what the file's post-processor puts around a text.
             allowed_special: Special tokens that are found in the text; the others are text like any other.
         """
@@ -98,6 +116,20 @@ class Tokenizer:
             return self._native.encode(text, add_special_tokens, _allowed(allowed_special))
         except _rust.TokenizerError as error:
             raise InputError(str(error)) from None
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
+    ) -> Located:
+        """Ids of a text and the bytes of it that each stands for; see `encode`.
+
+        Raises:
+            InputError: The tokenizer is not byte-level, or its normalizer changes the text.
+        """
+        try:
+            ids, offsets = self._native.encode_with_offsets(text, add_special_tokens, _allowed(allowed_special))
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+        return Located(ids, offsets.reshape(-1, 2))
 
     def encode_batch(
         self,

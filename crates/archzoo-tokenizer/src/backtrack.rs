@@ -16,6 +16,7 @@ use std::collections::BTreeSet;
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 
 use crate::bpe::MISSING;
+use crate::cache_file::{Reader, Table, Writer};
 use crate::merges::{List, Merges, NONE};
 use crate::trie::Trie;
 use crate::vocab::Vocab;
@@ -40,7 +41,22 @@ pub struct Backtrack {
     trie: Trie,
     /// Whether some tokens are not in the trie.
     pub unreached: bool,
-    odd: Option<AhoCorasick>,
+    odd: Option<Odd>,
+}
+
+/// Tokens whose bytes must be merged.
+#[derive(Debug, Clone)]
+struct Odd {
+    ids: Vec<u32>,
+    finder: AhoCorasick,
+}
+
+impl Odd {
+    fn new(ids: Vec<u32>, vocab: &Vocab) -> Option<Self> {
+        let tokens: Vec<&[u8]> = ids.iter().map(|&id| vocab.bytes(id)).collect::<Option<_>>()?;
+        let finder = AhoCorasick::builder().kind(Some(AhoCorasickKind::DFA)).build(tokens).ok()?;
+        Some(Self { ids, finder })
+    }
 }
 
 /// More odd tokens than a text is searched for.
@@ -93,7 +109,7 @@ impl Backtrack {
                 merged.clear();
                 table.merge(&symbols, &mut buffers, &mut merged);
                 if merged == [product] {
-                    odd.insert(token);
+                    odd.insert(product);
                 }
             }
         }
@@ -101,12 +117,12 @@ impl Backtrack {
             return None;
         }
         if !odd.is_empty() {
-            let finder = AhoCorasick::builder().kind(Some(AhoCorasickKind::DFA)).build(&odd).ok()?;
-            let has_odd = |id: u32| finder.is_match(vocab.bytes(id).unwrap_or_default());
+            let odd = Odd::new(odd.into_iter().collect(), vocab)?;
+            let has_odd = |id: u32| odd.finder.is_match(vocab.bytes(id).unwrap_or_default());
             for (merge, is_kept) in list.iter().zip(&mut is_kept) {
                 *is_kept |= has_odd(table.product(merge.2));
             }
-            made.odd = Some(finder);
+            made.odd = Some(odd);
         }
         let kept =
             list.iter().zip(&is_kept).filter(|&(_, &is_kept)| is_kept).map(|(&merge, _)| merge).collect();
@@ -156,7 +172,7 @@ impl Backtrack {
         dead: &mut Vec<u64>,
         out: &mut Vec<u32>,
     ) -> bool {
-        if self.odd.as_ref().is_some_and(|odd| odd.is_match(piece)) {
+        if self.odd.as_ref().is_some_and(|odd| odd.finder.is_match(piece)) {
             return false;
         }
         let first = out.len();
@@ -191,6 +207,40 @@ impl Backtrack {
             }
         }
         true
+    }
+}
+
+impl Backtrack {
+    /// Appends what `read` reads.
+    pub fn write(&self, out: &mut Writer) {
+        let tokens: Vec<u32> =
+            self.tokens.iter().flat_map(|t| [t.left, t.right, t.rank, t.shorter]).collect();
+        out.words(&tokens);
+        self.trie.write(out);
+        out.words(&[u32::from(self.unreached)]);
+        out.words(self.odd.as_ref().map_or(&[], |odd| &odd.ids));
+    }
+
+    /// The tables that come next, of this vocabulary; none if they are not sound.
+    pub fn read(from: &mut Reader, vocab: &Vocab) -> Option<Self> {
+        let words = from.words()?;
+        let (tokens, rest) = words.as_chunks();
+        let trie = Trie::read(from)?;
+        let [unreached] = from.words()?[..] else { return None };
+        let odd = from.words()?;
+        let is_there = |id: u32| id == NONE || (id as usize) < vocab.len();
+        let all_there =
+            tokens.iter().all(|&[left, right, _, shorter]| [left, right, shorter].map(is_there) == [true; 3]);
+        if !rest.is_empty() || tokens.len() != vocab.len() || !all_there {
+            return None;
+        }
+        let tokens = tokens.iter().map(|&[left, right, rank, shorter]| Token { left, right, rank, shorter });
+        Some(Self {
+            tokens: tokens.collect(),
+            trie,
+            unreached: unreached != 0,
+            odd: if odd.is_empty() { None } else { Some(Odd::new(odd, vocab)?) },
+        })
     }
 }
 

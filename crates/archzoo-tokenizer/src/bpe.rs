@@ -1,4 +1,5 @@
 use crate::backtrack::Backtrack;
+use crate::cache_file::{Reader, Table, Writer};
 use crate::error::Result;
 use crate::merges::{List, Merges};
 use crate::vocab::Vocab;
@@ -71,6 +72,11 @@ impl Bpe {
         })
     }
 
+    /// Whether it merges bytes.
+    pub fn is_byte_level(&self) -> bool {
+        matches!(self.symbols, Symbols::Bytes(_))
+    }
+
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         if self.ignore_merges
@@ -131,6 +137,43 @@ impl Bpe {
             }
         }
         unknown.flush(symbols);
+    }
+}
+
+impl Table for Bpe {
+    fn write(&self, out: &mut Writer) {
+        self.vocab.write(out);
+        self.merges.write(out);
+        let (is_chars, bytes) = match &self.symbols {
+            Symbols::Bytes(bytes) => (false, Some(bytes)),
+            Symbols::Chars { fallback } => (true, fallback.as_ref()),
+        };
+        out.words(bytes.map_or(&[], |bytes| &bytes[..]));
+        let flags = [is_chars, self.ignore_merges, self.fuse_unknown, self.backtrack.is_some()];
+        out.bytes(&flags.map(u8::from));
+        out.words(&[self.unknown.unwrap_or(MISSING)]);
+        if let Some(backtrack) = &self.backtrack {
+            backtrack.write(out);
+        }
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let (vocab, merges, bytes) = (Vocab::read(from)?, Merges::read(from)?, from.words()?);
+        let [is_chars, ignore_merges, fuse_unknown, has_backtrack] =
+            from.bytes()?.iter().map(|&b| b != 0).collect::<Vec<_>>()[..]
+        else {
+            return None;
+        };
+        let [unknown] = from.words()?[..] else { return None };
+        let backtrack = if has_backtrack { Some(Backtrack::read(from, &vocab)?) } else { None };
+        let table = || <[u32; 256]>::try_from(bytes.as_slice()).ok().map(Box::new);
+        let symbols = match (is_chars, bytes.is_empty()) {
+            (false, _) => Symbols::Bytes(table()?),
+            (true, true) => Symbols::Chars { fallback: None },
+            (true, false) => Symbols::Chars { fallback: Some(table()?) },
+        };
+        let unknown = (unknown != MISSING).then_some(unknown);
+        Some(Self { vocab, merges, backtrack, symbols, ignore_merges, unknown, fuse_unknown })
     }
 }
 

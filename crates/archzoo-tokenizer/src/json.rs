@@ -24,7 +24,7 @@ use crate::wordpiece::WordPiece;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File<'a> {
+pub(crate) struct File<'a> {
     #[serde(default)]
     version: Option<String>,
     /// Cutting and padding belong to whoever makes batches.
@@ -160,15 +160,51 @@ impl Merge<'_> {
 /// Reads a `tokenizer.json`.
 pub(crate) fn read(content: &[u8]) -> Result<Parts> {
     let content = std::str::from_utf8(content).map_err(|e| Error::new(format!("not UTF-8: {e}")))?;
-    let file: File =
-        serde_json::from_str(content).map_err(|e| Error::new(format!("not a tokenizer.json: {e}")))?;
+    parts(parse(content)?, None)
+}
+
+/// The same for a file without its vocabulary and merges, of which the model was made.
+pub(crate) fn read_around(around: &str, model: Bpe) -> Result<Parts> {
+    parts(parse(around)?, Some(model))
+}
+
+/// The same with the tokens and merges of a byte-pair model.
+pub(crate) fn read_tokens<'a>(
+    around: &'a str,
+    tokens: Vec<(Cow<'a, str>, u32)>,
+    merges: &[&'a str],
+) -> Result<Parts> {
+    let mut file = parse(around)?;
+    file.model.vocab = VocabFile::Ids(tokens);
+    file.model.merges = merges.iter().map(|&merge| Merge::Joined(merge.into())).collect();
+    parts(file, None)
+}
+
+/// A `tokenizer.json` without its vocabulary and merges.
+pub(crate) fn around(content: &[u8]) -> Result<String> {
+    let mut file: Value =
+        serde_json::from_slice(content).map_err(|e| Error::new(format!("not a tokenizer.json: {e}")))?;
+    file["model"]["vocab"] = Value::Object(Map::new());
+    file["model"]["merges"] = Value::Array(Vec::new());
+    Ok(file.to_string())
+}
+
+fn parse(content: &str) -> Result<File<'_>> {
+    serde_json::from_str(content).map_err(|e| Error::new(format!("not a tokenizer.json: {e}")))
+}
+
+/// The parts of a file, with the model made of it or that given.
+pub(crate) fn parts(file: File, made: Option<Bpe>) -> Result<Parts> {
     if file.version.as_deref().is_some_and(|v| v != "1.0") {
         return Err(Error::unsupported(format!("tokenizer.json of version {:?}", file.version)));
     }
     let pre = pre_tokenizer(file.pre_tokenizer)?;
     let normalizers: Vec<Normalizer> =
         flat(file.normalizer, "normalizers")?.into_iter().map(normalizer).collect::<Result<_>>()?;
-    let model = model(file.model, pre.byte_level)?;
+    let model = match made {
+        Some(bpe) => Model::Bpe(bpe),
+        None => model(file.model, pre.byte_level)?,
+    };
     let (before, after) = post_processor(file.post_processor)?;
     let decoder = decoder(file.decoder)?;
     let (raw, normalized) = added_tokens(file.added_tokens, &model, &normalizers)?;
@@ -183,7 +219,6 @@ pub(crate) fn read(content: &[u8]) -> Result<Parts> {
         before,
         after,
         decoder,
-        hash: blake3::Hash::from_bytes([0; 32]),
     })
 }
 

@@ -7,6 +7,7 @@
 
 use archzoo_simd::{InstructionSet, multiversion};
 
+use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 use crate::vocab::MOST_IDS;
 
@@ -186,6 +187,26 @@ impl Merges {
                 tokens.starts.push(i as u32 + offset);
             }
         }
+    }
+}
+
+impl Table for Merges {
+    fn write(&self, out: &mut Writer) {
+        out.longs(&self.slots);
+        out.longs(&self.filter);
+        out.words(&self.products);
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let (slots, filter, products) = (from.longs()?, from.longs()?, from.words()?);
+        let is_table = slots.len().is_power_of_two() && slots.contains(&EMPTY);
+        let rank = |slot: u64| slot as usize & ((1 << RANK_BITS) - 1);
+        let all_there = slots.iter().all(|&slot| slot == EMPTY || rank(slot) < products.len());
+        (is_table && all_there && filter.len() == (1 << FILTER_BITS) / 64).then_some(Self {
+            slots,
+            filter,
+            products,
+        })
     }
 }
 

@@ -33,16 +33,20 @@ pub(crate) fn read(content: &[u8], pattern: &str) -> Result<Parts> {
             .get(&[byte])
             .ok_or_else(|| Error::unsupported(format!("a rank file without the byte {byte:#04x}")))?;
     }
-    let size = vocab.len() as u32;
-    let special = special_tokens(pattern, size);
+    let (merges, products) = (merges(&vocab), (0..vocab.len() as u32).collect());
+    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges, products)?;
+    model.ignore_merges = true;
+    parts(pattern, model)
+}
+
+/// The parts of a tokenizer with this pattern and model.
+pub(crate) fn parts(pattern: &str, model: Bpe) -> Result<Parts> {
+    let special = special_tokens(pattern, model.vocab.len() as u32);
     let splitter = match family(pattern) {
         Some(family) => Splitter::Family(family),
         // Matches are the pieces, the text between them is dropped.
         None => Splitter::Steps(vec![Step::regex(pattern, Behavior::Removed, true)?]),
     };
-    let (merges, products) = (merges(&vocab), (0..size).collect());
-    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges, products)?;
-    model.ignore_merges = true;
     Ok(Parts {
         raw: Added::new(special)?,
         normalized: Added::default(),
@@ -54,7 +58,6 @@ pub(crate) fn read(content: &[u8], pattern: &str) -> Result<Parts> {
         before: Vec::new(),
         after: Vec::new(),
         decoder: Decoder::Bytes,
-        hash: blake3::Hash::from_bytes([0; 32]),
     })
 }
 

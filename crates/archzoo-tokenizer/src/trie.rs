@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use crate::cache_file::{Reader, Table, Writer};
+
 /// A slot per node: its label (a byte, and a bit that says the slot is taken), the base of its children, and one
 /// more than its token's id. The child for a byte is at the base xor the byte; no two nodes share a base.
 #[derive(Debug, Clone)]
@@ -91,6 +93,21 @@ impl Trie {
             base = (slot >> LABEL_BITS) as u32;
         }
         (token, length)
+    }
+}
+
+impl Table for Trie {
+    fn write(&self, out: &mut Writer) {
+        out.longs(&self.slots);
+        out.words(&[self.root]);
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let slots = from.longs()?;
+        let [root] = from.words()?[..] else { return None };
+        let last = |base: u32| base as usize | (BLOCK - 1);
+        let all_there = slots.iter().all(|&slot| last((slot >> LABEL_BITS) as u32) < slots.len());
+        (all_there && last(root) < slots.len()).then_some(Self { slots, root })
     }
 }
 
