@@ -125,13 +125,16 @@ class Tokenizer:
         pattern: str | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Reads a `tokenizer.json`, a GGUF file's vocabulary or a rank file with its pattern's name (or a regex).
+        """Reads a `tokenizer.json`, a GGUF file's vocabulary, or a rank file with its pattern.
 
         `cache` is a folder for tables that are built once.
         """
     @property
     def vocab_size(self) -> int:
         """Number of ids, those of added tokens included."""
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether the text of ids is that of their tokens' bytes, whatever comes before."""
     @property
     def hash(self) -> str:
         """A hash of the file and the pattern, in hexadecimal."""
@@ -165,6 +168,9 @@ class Utf8Stream:
         """The text that more bytes complete."""
     def finish(self) -> str:
         """What is left at the end."""
+
+def split_patterns() -> dict[str, str]:
+    """The regular expressions that cut text into words, by the name of a family of models."""
 
 def render_chat(template: str, variables: str) -> str:
     """Fills in a chat template with the variables of a JSON object."""

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use archzoo_tokenizer::{AllowedSpecial, DecodeStream, Error, Options, Tokenizer};
@@ -45,6 +45,12 @@ impl PyTokenizer {
     #[getter]
     fn vocab_size(&self) -> usize {
         self.0.vocab_size()
+    }
+
+    /// Whether the text of ids is that of their tokens' bytes, whatever comes before.
+    #[getter]
+    fn joins_bytes(&self) -> bool {
+        self.0.joins_bytes()
     }
 
     /// A hash of the file and the pattern, in hexadecimal.
@@ -190,6 +196,12 @@ impl Utf8Stream {
     fn finish(&mut self) -> String {
         self.0.finish()
     }
+}
+
+/// The regular expressions that cut text into words, by the name of a family of models.
+#[pyfunction]
+pub fn split_patterns() -> BTreeMap<&'static str, &'static str> {
+    archzoo_tokenizer::SPLIT_PATTERNS.into()
 }
 
 /// Fills in a chat template with the variables of a JSON object.

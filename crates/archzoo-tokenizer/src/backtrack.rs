@@ -17,9 +17,9 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind};
 
 use crate::bpe::MISSING;
 use crate::cache_file::{Reader, Table, Writer};
-use crate::merges::{List, Merges, NONE};
+use crate::merges::{List, Merge, Merges, NONE};
 use crate::trie::Trie;
-use crate::vocab::Vocab;
+use crate::vocab::{Vocab, hash};
 
 /// How a token is made from its bytes.
 #[derive(Debug, Clone, Copy)]
@@ -39,8 +39,8 @@ pub struct Backtrack {
     tokens: Vec<Token>,
     /// Of tokens that merging gives.
     trie: Trie,
-    /// Whether some tokens are not in the trie.
-    pub unreached: bool,
+    /// A bit for each hash, modulo [`FILTER`], of a token that is not in the trie; empty if all are.
+    unreached: Vec<u64>,
     odd: Option<Odd>,
 }
 
@@ -59,6 +59,8 @@ impl Odd {
     }
 }
 
+const FILTER: u64 = 1 << 13;
+
 /// More odd tokens than a text is searched for.
 const MOST_ODD: usize = 256;
 
@@ -70,14 +72,14 @@ impl Backtrack {
     pub fn new(
         vocab: &Vocab,
         bytes: &[u32; 256],
-        list: &[(u32, u32, u32)],
+        list: &[Merge],
         table: &Merges,
-    ) -> Option<(Self, Vec<(u32, u32, u32)>)> {
+    ) -> Option<(Self, Vec<Merge>)> {
         let unknown = Token { left: 0, right: 0, rank: NONE, shorter: NONE };
         let mut made = Self {
             tokens: vec![unknown; vocab.len()],
             trie: Trie::new(&[], |_, _| {}),
-            unreached: false,
+            unreached: Vec::new(),
             odd: None,
         };
         for &id in bytes.iter().filter(|&&id| id != MISSING) {
@@ -129,7 +131,13 @@ impl Backtrack {
         let all = 0..vocab.len() as u32;
         let reached: Vec<(&[u8], u32)> =
             all.filter(|&id| is_made(id)).map(|id| (vocab.bytes(id).unwrap_or_default(), id)).collect();
-        made.unreached = reached.len() < vocab.found();
+        if reached.len() < vocab.found() {
+            made.unreached = vec![0; FILTER as usize / 64];
+            for id in (0..vocab.len() as u32).filter(|&id| !is_made(id)) {
+                let hash = hash(vocab.bytes(id).unwrap_or_default()) % FILTER;
+                made.unreached[hash as usize / 64] |= 1 << (hash % 64);
+            }
+        }
         let tokens = &mut made.tokens;
         made.trie = Trie::new(&reached, |id, shorter| tokens[id as usize].shorter = shorter);
         Some((made, kept))
@@ -160,6 +168,16 @@ impl Backtrack {
                 return true;
             }
         }
+    }
+
+    /// Whether a piece may be a token that merging does not give.
+    #[inline]
+    pub fn may_be_unreached(&self, piece: &[u8]) -> bool {
+        if self.unreached.is_empty() {
+            return false;
+        }
+        let hash = hash(piece) % FILTER;
+        self.unreached[hash as usize / 64] >> (hash % 64) & 1 == 1
     }
 
     /// Appends the ids of a piece to `out`; `dead` is a buffer. False, and nothing is appended, if
@@ -217,7 +235,7 @@ impl Backtrack {
             self.tokens.iter().flat_map(|t| [t.left, t.right, t.rank, t.shorter]).collect();
         out.words(&tokens);
         self.trie.write(out);
-        out.words(&[u32::from(self.unreached)]);
+        out.longs(&self.unreached);
         out.words(self.odd.as_ref().map_or(&[], |odd| &odd.ids));
     }
 
@@ -226,19 +244,20 @@ impl Backtrack {
         let words = from.words()?;
         let (tokens, rest) = words.as_chunks();
         let trie = Trie::read(from)?;
-        let [unreached] = from.words()?[..] else { return None };
+        let unreached = from.longs()?;
         let odd = from.words()?;
         let is_there = |id: u32| id == NONE || (id as usize) < vocab.len();
         let all_there =
             tokens.iter().all(|&[left, right, _, shorter]| [left, right, shorter].map(is_there) == [true; 3]);
-        if !rest.is_empty() || tokens.len() != vocab.len() || !all_there {
+        let is_filter = [0, FILTER as usize / 64].contains(&unreached.len());
+        if !rest.is_empty() || !is_filter || tokens.len() != vocab.len() || !all_there {
             return None;
         }
         let tokens = tokens.iter().map(|&[left, right, rank, shorter]| Token { left, right, rank, shorter });
         Some(Self {
             tokens: tokens.collect(),
             trie,
-            unreached: unreached != 0,
+            unreached,
             odd: if odd.is_empty() { None } else { Some(Odd::new(odd, vocab)?) },
         })
     }

@@ -1,7 +1,7 @@
 use crate::backtrack::Backtrack;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::error::Result;
-use crate::merges::{List, Merges};
+use crate::merges::{List, Merge, Merges};
 use crate::vocab::Vocab;
 
 /// A symbol that the vocabulary lacks.
@@ -46,12 +46,7 @@ pub struct Bpe {
 
 impl Bpe {
     /// A model of tokens and merges (left, right, rank in rising order, with the id that each rank gives).
-    pub fn new(
-        vocab: Vocab,
-        symbols: Symbols,
-        merges: &[(u32, u32, u32)],
-        products: Vec<u32>,
-    ) -> Result<Self> {
+    pub fn new(vocab: Vocab, symbols: Symbols, merges: &[Merge], products: Vec<u32>) -> Result<Self> {
         let mut table = Merges::new(merges, products.clone())?;
         let mut backtrack = None;
         if let Symbols::Bytes(bytes) = &symbols
@@ -80,7 +75,7 @@ impl Bpe {
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         if self.ignore_merges
-            && self.backtrack.as_ref().is_none_or(|b| b.unreached)
+            && self.backtrack.as_ref().is_none_or(|b| b.may_be_unreached(piece))
             && let Some(id) = self.vocab.get(piece)
         {
             out.push(id);

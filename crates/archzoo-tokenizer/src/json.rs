@@ -288,6 +288,11 @@ impl Fields {
     fn pattern(&mut self) -> Result<Pattern> {
         let value = self.take("pattern");
         match (value.get("Regex"), value.get("String")) {
+            // `{1,3}+` takes as much as it can and gives nothing back for some engines; for the one that
+            // `tokenizers` uses it is a repetition of a repetition.
+            (Some(Value::String(regex)), None) if repeats_interval(regex) => {
+                Err(self.wrong("pattern", &value))
+            }
             (Some(Value::String(regex)), None) => Ok(Pattern::Regex(regex.clone())),
             (None, Some(Value::String(text))) => Ok(Pattern::Text(text.clone())),
             _ => Err(self.wrong("pattern", &value)),
@@ -315,6 +320,14 @@ impl Fields {
     fn unsupported<T>(&self, what: &str) -> Result<T> {
         Err(Error::unsupported(format!("the {what} {}", self.kind)))
     }
+}
+
+/// Whether a regex has an interval of repetitions, such as `{1,3}`, with a plus after it.
+fn repeats_interval(regex: &str) -> bool {
+    regex.match_indices("}+").any(|(end, _)| {
+        let inner = regex[..end].rsplit_once('{').map_or("", |(_, inner)| inner);
+        !inner.is_empty() && inner.bytes().all(|b| b.is_ascii_digit() || b == b',')
+    })
 }
 
 enum Pattern {

@@ -29,5 +29,6 @@ pub use added::{AddedToken, AllowedSpecial};
 pub use chat::render as render_chat;
 pub use decode::DecodeStream;
 pub use error::{Error, Result};
+pub use split::SPLIT_PATTERNS;
 pub use tiktoken::NAMES as PATTERN_NAMES;
 pub use tokenizer::{Options, Ragged, Tokenizer};

@@ -22,6 +22,9 @@ const POSITION_BITS: u32 = 11;
 /// Symbols that are merged without a heap, at most.
 const MOST_LINEAR: usize = 1 << POSITION_BITS;
 
+/// Two tokens that merge, and the rank of that.
+pub type Merge = (u32, u32, u32);
+
 /// Merges by pair.
 #[derive(Debug, Clone)]
 pub struct Merges {
@@ -37,8 +40,8 @@ pub struct Merges {
 const FILTER_BITS: u32 = 20;
 
 impl Merges {
-    /// Merges (left, right, rank), of which a later one for the same pair counts, and the id that each rank gives.
-    pub fn new(merges: &[(u32, u32, u32)], products: Vec<u32>) -> Result<Self> {
+    /// Merges, of which a later one for the same pair counts, and the id that each rank gives.
+    pub fn new(merges: &[Merge], products: Vec<u32>) -> Result<Self> {
         if products.len() >= 1 << RANK_BITS {
             return Err(Error::unsupported(format!("more than {} merges", (1 << RANK_BITS) - 1)));
         }

@@ -89,22 +89,28 @@ impl Encoder<'_> {
         }
     }
 
-    /// Finds where the tokens from `first` on are in their text, which starts at `start`. A byte that no token stands
-    /// for is passed over, and a token that is not there is empty.
-    pub fn locate(&mut self, text: &[u8], start: usize, first: usize) {
+    /// Finds where the tokens from `first` on are in their text, which starts at `start`; with `blank` the first token
+    /// has a blank that the text lacks. A byte that no token stands for is passed over, and a token that is not
+    /// there is empty.
+    pub fn locate(&mut self, text: &[u8], start: usize, first: usize, blank: bool) {
         let Some(spans) = &mut self.spans else { return };
         let mut at = 0;
         for (i, &id) in self.out[first..].iter().enumerate() {
             let mut token = self.model.vocab().bytes(id).unwrap_or_default();
-            // The blank that some tokenizers put before a text is not there.
-            if i == 0 && !text.starts_with(token) && token.first() == Some(&b' ') {
-                token = &token[1..];
+            if blank && i == 0 {
+                token = token.strip_prefix(b" ").unwrap_or(token);
             }
-            let skipped = (at..text.len()).position(|at| text[at..].starts_with(token)).unwrap_or(0);
-            let length = if text[at + skipped..].starts_with(token) { token.len() } else { 0 };
-            at += skipped;
-            spans.push(start + at..start + at + length);
-            at += length;
+            // A token may go on behind a byte that is passed over.
+            let mut span: Option<Range<usize>> = None;
+            let mut next = at;
+            for byte in token {
+                let Some(found) = text[next..].iter().position(|b| b == byte) else { break };
+                next += found + 1;
+                span = Some(span.map_or(next - 1, |span| span.start)..next);
+            }
+            let span = span.unwrap_or(at..at);
+            at = span.end;
+            spans.push(start + span.start..start + span.end);
         }
     }
 }

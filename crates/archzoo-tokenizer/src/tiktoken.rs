@@ -2,6 +2,7 @@ use crate::added::{Added, AddedToken};
 use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::decode::Decoder;
 use crate::error::{Error, Result};
+use crate::merges::Merge;
 use crate::model::Model;
 use crate::split::regex::{Behavior, Step};
 use crate::split::{Family, Splitter};
@@ -102,7 +103,7 @@ fn base64(text: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Two tokens merge if their bytes together are a token, whose rank is then that of the merge.
-fn merges(vocab: &Vocab) -> Vec<(u32, u32, u32)> {
+fn merges(vocab: &Vocab) -> Vec<Merge> {
     let mut merges = Vec::with_capacity(2 * vocab.len());
     for id in 0..vocab.len() as u32 {
         let token = vocab.bytes(id).unwrap_or_default();

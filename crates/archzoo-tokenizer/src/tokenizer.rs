@@ -191,6 +191,11 @@ impl Tokenizer {
         self.parts.raw.tokens().iter().chain(self.parts.normalized.tokens())
     }
 
+    /// Whether the text of ids is that of their tokens' bytes, whatever comes before.
+    pub fn joins_bytes(&self) -> bool {
+        matches!(self.parts.decoder, Decoder::Bytes)
+    }
+
     /// A hash of the file and the pattern, in hexadecimal.
     pub fn hash(&self) -> String {
         self.hash.to_hex().to_string()
@@ -305,7 +310,9 @@ impl Tokenizer {
                     let start = section.start + range.start;
                     let before = encoder.out.len();
                     parts.encode_section(&normalized[range.clone()], start == 0, encoder)?;
-                    encoder.locate(&normalized.as_bytes()[range], start, before);
+                    let text = &normalized[range];
+                    let blank = parts.prefix_blank && !text.starts_with(' ');
+                    encoder.locate(text.as_bytes(), start, before, blank);
                     Ok(())
                 }
             })
@@ -342,6 +349,9 @@ impl Tokenizer {
     /// Of a byte-level tokenizer, for text that its normalizers leave as it is.
     pub fn encode_with_offsets(&self, text: &str, options: Options) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
         self.needs_bytes("offsets")?;
+        if !self.parts.splitter.keeps_all() {
+            return Err(Error::unsupported("offsets with a pre-tokenizer that drops text"));
+        }
         self.with_scratch(|scratch| {
             let mut out = Vec::new();
             let spans = Some(Vec::new());
