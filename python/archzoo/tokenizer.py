@@ -29,6 +29,16 @@ class Ragged(NamedTuple):
     offsets: npt.NDArray[np.int64]
 
 
+class Located(NamedTuple):
+    """Ids of a text and where they are: `ids` uint32 [N], `offsets` int64 [N, 2].
+
+    Id i stands for `text.encode()[offsets[i, 0]:offsets[i, 1]]`.
+    """
+
+    ids: Ids
+    offsets: npt.NDArray[np.int64]
+
+
 class Tokenizer:
     """A tokenizer with the ids of the file's own library, read from a file or a model's folder."""
 
@@ -37,19 +47,26 @@ class Tokenizer:
         self._config = config or {}
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], pattern: str | None = None) -> Self:
-        """Read a `tokenizer.json`, or a tiktoken rank file.
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        pattern: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Read a `tokenizer.json`, the vocabulary in a GGUF file, or a tiktoken rank file.
 
         Args:
             path: The file.
             pattern: For a rank file: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the
                 special tokens, or a regular expression.
+            cache: A folder for a byte-pair tokenizer's tables, in a file named by the hash of `path`'s
+                content. It is written once, and makes later loads several times faster.
 
         Raises:
             TokenizerError: The file is damaged, or asks for something that is not supported.
         """
         try:
-            return cls(_rust.Tokenizer(path, pattern))
+            return cls(_rust.Tokenizer(path, pattern, cache))
         except _rust.TokenizerError as error:
             raise TokenizerError(str(error)) from None
 
@@ -85,12 +102,13 @@ class Tokenizer:
         return self._native.hash
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
+        self, text: str | bytes, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
     ) -> Ids:
         """Ids [N] of a text.
 
         Args:
-            text: The text.
+            text: The text, or its bytes. Of bytes that are not UTF-8, which a byte-level tokenizer takes,
+                each stretch is a piece of its own.
             add_special_tokens: Add what the file's post-processor puts around a text.
             allowed_special: Special tokens that are found in the text; the others are text like any other.
         """
@@ -98,6 +116,21 @@ class Tokenizer:
             return self._native.encode(text, add_special_tokens, _allowed(allowed_special))
         except _rust.TokenizerError as error:
             raise InputError(str(error)) from None
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
+    ) -> Located:
+        """Ids of a text and the bytes of it that each stands for; see `encode`.
+
+        Raises:
+            InputError: The tokenizer is not byte-level, or its normalizer changes the text.
+        """
+        try:
+            allowed = _allowed(allowed_special)
+            ids, offsets = self._native.encode_with_offsets(text, add_special_tokens, allowed)
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+        return Located(ids, offsets.reshape(-1, 2))
 
     def encode_batch(
         self,
@@ -139,10 +172,9 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
         """Text of ids as they come; what may still become a character is held back."""
-        stream = _rust.Utf8Stream()
+        stream = TextStream(self, skip_special_tokens)
         for id in ids:
-            text = stream.push(self.decode_bytes([id], skip_special_tokens))
-            if text:
+            if text := stream.push(id):
                 yield text
         if rest := stream.finish():
             yield rest
@@ -169,6 +201,42 @@ class Tokenizer:
             return _rust.render_chat(template, json.dumps(tokens | given | variables))
         except _rust.TokenizerError as error:
             raise InputError(str(error)) from None
+
+
+class TextStream:
+    """Text of ids that come one by one; what may still become a character is held back.
+
+    Args:
+        tokenizer: Whose ids.
+        skip_special_tokens: Leave control tokens out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._bytes = _rust.Utf8Stream() if tokenizer._native.joins_bytes else None
+        # Where a token's text depends on those before: the last ids, the first `_done` being out as `_shown`.
+        self._ids: list[int] = []
+        self._done = 0
+        self._shown = ""
+
+    def push(self, id: int) -> str:
+        """The text that one more id completes."""
+        if self._bytes is not None:
+            return self._bytes.push(self._tokenizer.decode_bytes([id], self._skip))
+        self._ids.append(id)
+        text = self._tokenizer.decode(self._ids, self._skip)
+        if len(text) <= len(self._shown) or text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._shown) :]
+        self._ids, self._done = self._ids[self._done :], len(self._ids) - self._done
+        self._shown = self._tokenizer.decode(self._ids, self._skip)
+        return new
+
+    def finish(self) -> str:
+        """What is left: replacement characters for a character that never ended."""
+        if self._bytes is not None:
+            return self._bytes.finish()
+        return self._tokenizer.decode(self._ids, self._skip)[len(self._shown) :]
 
 
 def _content(token: str | dict[str, Any]) -> str:

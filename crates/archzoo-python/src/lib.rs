@@ -40,7 +40,7 @@ mod _rust {
     #[pymodule_export]
     use super::plan::plan;
     #[pymodule_export]
-    use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat};
+    use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat, split_patterns};
 
     /// The vector instructions in use: "baseline", "avx2" or "avx512".
     #[pyfunction]

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use archzoo_tokenizer::{AllowedSpecial, DecodeStream, Error, Options, Tokenizer};
@@ -29,17 +29,28 @@ type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
 
 #[pymethods]
 impl PyTokenizer {
-    /// Reads a `tokenizer.json`, or a tiktoken rank file with the name of its pattern.
+    /// Reads a `tokenizer.json`, a GGUF file's vocabulary or a tiktoken rank file with the name of its pattern;
+    /// with a folder for tables that are built once.
     #[new]
-    #[pyo3(signature = (path, pattern = None))]
-    fn new(py: Python, path: PathBuf, pattern: Option<&str>) -> PyResult<Self> {
-        py.detach(|| pool::run(|| Tokenizer::from_file(&path, pattern)))?.map(Self).map_err(to_python)
+    #[pyo3(signature = (path, pattern = None, cache = None))]
+    fn new(py: Python, path: PathBuf, pattern: Option<&str>, cache: Option<PathBuf>) -> PyResult<Self> {
+        let read = || match &cache {
+            None => Tokenizer::from_file(&path, pattern),
+            Some(folder) => Tokenizer::from_file_cached(&path, pattern, folder),
+        };
+        py.detach(|| pool::run(read))?.map(Self).map_err(to_python)
     }
 
     /// Number of ids, those of added tokens included.
     #[getter]
     fn vocab_size(&self) -> usize {
         self.0.vocab_size()
+    }
+
+    /// Whether the text of ids is that of their tokens' bytes, whatever comes before.
+    #[getter]
+    fn joins_bytes(&self) -> bool {
+        self.0.joins_bytes()
     }
 
     /// A hash of the file and the pattern, in hexadecimal.
@@ -55,20 +66,41 @@ impl PyTokenizer {
         tokens
     }
 
-    /// Ids of a text, uint32.
+    /// Ids of a text or of bytes, uint32.
     #[pyo3(signature = (text, add_special_tokens, allowed_special))]
     fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        text: &Bound<'py, PyAny>,
+        add_special_tokens: bool,
+        allowed_special: Option<BTreeSet<String>>,
+    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        let options = options(add_special_tokens, allowed_special.as_ref());
+        let mut ids = Vec::new();
+        if let Ok(bytes) = text.cast::<PyBytes>() {
+            let bytes = bytes.as_bytes();
+            py.detach(|| self.0.encode_bytes(bytes, options, &mut ids)).map_err(to_python)?;
+        } else {
+            let text = utf8(text.cast::<PyString>()?)?;
+            py.detach(|| self.0.encode(text, options, &mut ids)).map_err(to_python)?;
+        }
+        Ok(PyArray1::from_vec(py, ids))
+    }
+
+    /// Ids of a text, uint32, and the starts and ends of their bytes in it, int64 [2 * n].
+    #[pyo3(signature = (text, add_special_tokens, allowed_special))]
+    fn encode_with_offsets<'py>(
         &self,
         py: Python<'py>,
         text: &Bound<'py, PyString>,
         add_special_tokens: bool,
         allowed_special: Option<BTreeSet<String>>,
-    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
+    ) -> PyResult<Ragged<'py>> {
         let text = utf8(text)?;
         let options = options(add_special_tokens, allowed_special.as_ref());
-        let mut ids = Vec::new();
-        py.detach(|| self.0.encode(text, options, &mut ids)).map_err(to_python)?;
-        Ok(PyArray1::from_vec(py, ids))
+        let (ids, spans) = py.detach(|| self.0.encode_with_offsets(text, options)).map_err(to_python)?;
+        let spans = spans.iter().flat_map(|span| [span.start as i64, span.end as i64]).collect();
+        Ok((PyArray1::from_vec(py, ids), PyArray1::from_vec(py, spans)))
     }
 
     /// Number of ids of a text.
@@ -164,6 +196,12 @@ impl Utf8Stream {
     fn finish(&mut self) -> String {
         self.0.finish()
     }
+}
+
+/// The regular expressions that cut text into words, by the name of a family of models.
+#[pyfunction]
+pub fn split_patterns() -> BTreeMap<&'static str, &'static str> {
+    archzoo_tokenizer::SPLIT_PATTERNS.into()
 }
 
 /// Fills in a chat template with the variables of a JSON object.

@@ -36,8 +36,8 @@ pub enum AllowedSpecial<'a> {
 
 /// A stretch of text.
 pub enum Section {
-    /// An added token.
-    Token(u32),
+    /// An added token, and the text that it takes.
+    Token(u32, Range<usize>),
     /// Text between added tokens.
     Text(Range<usize>),
 }
@@ -114,7 +114,7 @@ impl Added {
                 if done < start {
                     take(Section::Text(done..start))?;
                 }
-                take(Section::Token(token.id))?;
+                take(Section::Token(token.id, start..end))?;
                 done = end;
             }
         }

@@ -1,4 +1,7 @@
-use crate::merges::{List, Merges};
+use crate::backtrack::Backtrack;
+use crate::cache_file::{Reader, Table, Writer};
+use crate::error::Result;
+use crate::merges::{List, Merge, Merges};
 use crate::vocab::Vocab;
 
 /// A symbol that the vocabulary lacks.
@@ -21,6 +24,7 @@ pub enum Symbols {
 pub struct Work {
     symbols: Vec<u32>,
     list: List,
+    dead: Vec<u64>,
 }
 
 /// Byte-pair encoding.
@@ -28,10 +32,10 @@ pub struct Work {
 pub struct Bpe {
     /// The tokens.
     pub vocab: Vocab,
-    /// The merges.
-    pub merges: Merges,
+    merges: Merges,
+    backtrack: Option<Backtrack>,
     /// What is merged.
-    pub symbols: Symbols,
+    symbols: Symbols,
     /// A piece that is a token is that token, whatever its merges give.
     pub ignore_merges: bool,
     /// Stands for a symbol without a token; such symbols are dropped if there is none.
@@ -41,15 +45,52 @@ pub struct Bpe {
 }
 
 impl Bpe {
+    /// A model of tokens and merges (left, right, rank in rising order, with the id that each rank gives).
+    pub fn new(vocab: Vocab, symbols: Symbols, merges: &[Merge], products: Vec<u32>) -> Result<Self> {
+        let mut table = Merges::new(merges, products.clone())?;
+        let mut backtrack = None;
+        if let Symbols::Bytes(bytes) = &symbols
+            && let Some((made, kept)) = Backtrack::new(&vocab, bytes, merges, &table)
+        {
+            // The others are never made, and a smaller table is a faster one.
+            table = Merges::new(&kept, products)?;
+            backtrack = Some(made);
+        }
+        Ok(Self {
+            vocab,
+            merges: table,
+            backtrack,
+            symbols,
+            ignore_merges: false,
+            unknown: None,
+            fuse_unknown: false,
+        })
+    }
+
+    /// Whether it merges bytes.
+    pub fn is_byte_level(&self) -> bool {
+        matches!(self.symbols, Symbols::Bytes(_))
+    }
+
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         if self.ignore_merges
+            && self.backtrack.as_ref().is_none_or(|b| b.may_be_unreached(piece))
             && let Some(id) = self.vocab.get(piece)
         {
             out.push(id);
             return;
         }
-        let Work { symbols, list } = work;
+        if let Some(backtrack) = &self.backtrack
+            && backtrack.encode(piece, &self.vocab, &self.merges, &mut work.dead, out)
+        {
+            return;
+        }
+        self.merge(piece, work, out);
+    }
+
+    fn merge(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
+        let Work { symbols, list, .. } = work;
         symbols.clear();
         match &self.symbols {
             Symbols::Bytes(ids) => {
@@ -91,6 +132,43 @@ impl Bpe {
             }
         }
         unknown.flush(symbols);
+    }
+}
+
+impl Table for Bpe {
+    fn write(&self, out: &mut Writer) {
+        self.vocab.write(out);
+        self.merges.write(out);
+        let (is_chars, bytes) = match &self.symbols {
+            Symbols::Bytes(bytes) => (false, Some(bytes)),
+            Symbols::Chars { fallback } => (true, fallback.as_ref()),
+        };
+        out.words(bytes.map_or(&[], |bytes| &bytes[..]));
+        let flags = [is_chars, self.ignore_merges, self.fuse_unknown, self.backtrack.is_some()];
+        out.bytes(&flags.map(u8::from));
+        out.words(&[self.unknown.unwrap_or(MISSING)]);
+        if let Some(backtrack) = &self.backtrack {
+            backtrack.write(out);
+        }
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let (vocab, merges, bytes) = (Vocab::read(from)?, Merges::read(from)?, from.words()?);
+        let [is_chars, ignore_merges, fuse_unknown, has_backtrack] =
+            from.bytes()?.iter().map(|&b| b != 0).collect::<Vec<_>>()[..]
+        else {
+            return None;
+        };
+        let [unknown] = from.words()?[..] else { return None };
+        let backtrack = if has_backtrack { Some(Backtrack::read(from, &vocab)?) } else { None };
+        let table = || <[u32; 256]>::try_from(bytes.as_slice()).ok().map(Box::new);
+        let symbols = match (is_chars, bytes.is_empty()) {
+            (false, _) => Symbols::Bytes(table()?),
+            (true, true) => Symbols::Chars { fallback: None },
+            (true, false) => Symbols::Chars { fallback: Some(table()?) },
+        };
+        let unknown = (unknown != MISSING).then_some(unknown);
+        Some(Self { vocab, merges, backtrack, symbols, ignore_merges, unknown, fuse_unknown })
     }
 }
 

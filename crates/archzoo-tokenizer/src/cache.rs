@@ -1,31 +1,30 @@
+//! The ids of pieces seen before, for short pieces.
+
 use crate::vocab::fold;
 
-/// Ids kept in a slot; a piece with more of them is not cached.
+/// Ids kept in a slot; those of a piece with more are kept beside the slots.
 pub const INLINE: usize = 4;
 /// The count of a slot's ids lies above the bits of the first id.
 const COUNT_SHIFT: u32 = 28;
+/// A count that says: the slot has the start and the end of the ids among those beside the slots.
+const MANY: u32 = 15;
+/// Ids kept beside the slots, at most.
+const MOST_BESIDE: usize = 1 << 20;
 
-/// A piece as `W` words: its bytes, zeros, and its length in the last byte.
-pub type Key<const W: usize> = [u64; W];
+/// A piece's bytes, zeros, and its length in the last byte.
+pub type Key = [u64; 2];
 
-/// Longest piece of a key of `W` words.
-pub const fn longest(words: usize) -> usize {
-    words * 8 - 1
-}
+/// Longest piece that has a key.
+pub const LONGEST: usize = 15;
 
 /// The key of `text[start..start + length]`, which must fit.
 #[inline(always)]
-pub fn key<const W: usize>(text: &[u8], start: usize, length: usize) -> Key<W> {
-    let mut words = [0; W];
+pub fn key(text: &[u8], start: usize, length: usize) -> Key {
     let there = &text[start..];
-    if there.len() >= 8 * W {
-        for (i, word) in words.iter_mut().enumerate() {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(&there[8 * i..8 * i + 8]);
-            // Of this word's 8 bytes those beyond the piece are cleared.
-            let kept = length.saturating_sub(8 * i).min(8) as u32;
-            *word = u64::from_le_bytes(bytes) & 1u64.unbounded_shl(8 * kept).wrapping_sub(1);
-        }
+    let mut words = [0; 2];
+    if let Some(block) = there.first_chunk::<16>() {
+        let all = u128::from_le_bytes(*block) & (1u128 << (8 * length)).wrapping_sub(1);
+        words = [all as u64, (all >> 64) as u64];
     } else {
         for (word, bytes) in words.iter_mut().zip(there[..length].chunks(8)) {
             let mut padded = [0; 8];
@@ -33,152 +32,178 @@ pub fn key<const W: usize>(text: &[u8], start: usize, length: usize) -> Key<W> {
             *word = u64::from_le_bytes(padded);
         }
     }
-    words[W - 1] |= (length as u64) << 56;
+    words[1] |= (length as u64) << 56;
     words
 }
 
 /// A hash of a key.
 #[inline(always)]
-pub fn hash<const W: usize>(key: &Key<W>) -> u64 {
-    let mut state = 0;
-    for pair in key.chunks_exact(2) {
-        state = fold(pair[0] ^ 0x9e37_79b9_7f4a_7c15 ^ state, pair[1] ^ 0xc2b2_ae3d_27d4_eb4f);
-    }
-    state
+pub fn hash(key: &Key) -> u64 {
+    fold(key[0] ^ 0x9e37_79b9_7f4a_7c15, key[1] ^ 0xc2b2_ae3d_27d4_eb4f)
 }
 
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Slot<const W: usize> {
-    key: Key<W>,
-    ids: [u32; INLINE],
-}
+/// A key, then four ids, two in a word.
+type Slot = [u64; 4];
+/// Slots that are compared together: a cache line.
+type Pair = [Slot; 2];
 
-/// The ids of pieces seen before: open addressing, at most half full, emptied when it may not grow.
-pub struct Cache<const W: usize> {
-    slots: Vec<Slot<W>>,
+/// Open addressing, at most half full, emptied when it may not grow.
+pub struct Cache {
+    pairs: Vec<Pair>,
     used: usize,
     most_slots: usize,
+    beside: Vec<u32>,
 }
 
-impl<const W: usize> Cache<W> {
-    const EMPTY: Slot<W> = Slot { key: [0; W], ids: [0; INLINE] };
-
+impl Cache {
     /// An empty cache that grows to `most_slots`, a power of two.
     pub fn new(most_slots: usize) -> Self {
-        Self { slots: vec![Self::EMPTY; 1024.min(most_slots)], used: 0, most_slots }
+        let pairs = vec![[[0; 4]; 2]; most_slots.min(1 << 13) / 2];
+        Self { pairs, used: 0, most_slots, beside: Vec::new() }
     }
 
-    /// Starts to load the slot of a hash.
+    /// Starts to load the slots of a hash.
     #[inline(always)]
     pub fn prefetch(&self, hash: u64) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let slot = &raw const self.slots[self.home(hash)];
-            // SAFETY: SSE is part of x86-64; a prefetch touches nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(slot.cast()) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = hash;
+        prefetch(&self.pairs[self.home(hash)]);
     }
 
     #[inline(always)]
     fn home(&self, hash: u64) -> usize {
-        hash as usize & (self.slots.len() - 1)
+        hash as usize & (self.pairs.len() - 1)
     }
 
-    /// The ids of a piece, padded, and their number.
+    /// Appends the ids of a piece to `out`, or returns false.
     #[inline(always)]
-    pub fn get(&self, key: &Key<W>, hash: u64) -> Option<([u32; INLINE], usize)> {
+    pub fn append(&self, key: &Key, hash: u64, out: &mut Vec<u32>) -> bool {
         let mut at = self.home(hash);
         loop {
-            let slot = &self.slots[at];
-            if slot.key == *key {
-                let mut ids = slot.ids;
-                let count = (ids[0] >> COUNT_SHIFT) as usize;
-                ids[0] &= (1 << COUNT_SHIFT) - 1;
-                return Some((ids, count));
+            let pair = &self.pairs[at];
+            // Which of the two it is follows no pattern that a processor could foresee.
+            let slot = &pair[usize::from(pair[1][0] == key[0] && pair[1][1] == key[1])];
+            if slot[..2] == *key {
+                let ids = [slot[2] as u32, (slot[2] >> 32) as u32, slot[3] as u32, (slot[3] >> 32) as u32];
+                match ids[0] >> COUNT_SHIFT {
+                    MANY => out.extend_from_slice(&self.beside[ids[1] as usize..ids[2] as usize]),
+                    count => {
+                        push(out, [ids[0] & ((1 << COUNT_SHIFT) - 1), ids[1], ids[2], ids[3]], count as usize)
+                    }
+                }
+                return true;
             }
-            if slot.key[W - 1] == 0 {
-                return None;
+            if pair[1][1] == 0 {
+                return false;
             }
-            at = (at + 1) & (self.slots.len() - 1);
+            at = (at + 1) & (self.pairs.len() - 1);
         }
     }
 
-    /// Keeps the ids of a piece that is not there, if they fit.
-    pub fn insert(&mut self, key: &Key<W>, hash: u64, ids: &[u32]) {
-        if ids.len() > INLINE {
-            return;
-        }
-        if 2 * (self.used + 1) > self.slots.len() {
+    /// Keeps the ids of a piece that is not there.
+    pub fn insert(&mut self, key: &Key, hash: u64, ids: &[u32]) {
+        if self.used >= self.pairs.len() || self.beside.len() + ids.len() > MOST_BESIDE {
             self.make_room();
         }
-        let mut slot = Slot { key: *key, ids: [0; INLINE] };
-        slot.ids[..ids.len()].copy_from_slice(ids);
-        slot.ids[0] |= (ids.len() as u32) << COUNT_SHIFT;
-        self.place(slot, hash);
+        let mut four = [0; INLINE];
+        if ids.len() <= INLINE {
+            four[..ids.len()].copy_from_slice(ids);
+            four[0] |= (ids.len() as u32) << COUNT_SHIFT;
+        } else {
+            let start = self.beside.len();
+            self.beside.extend_from_slice(ids);
+            four = [MANY << COUNT_SHIFT, start as u32, self.beside.len() as u32, 0];
+        }
+        let two = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        self.place([key[0], key[1], two(four[0], four[1]), two(four[2], four[3])], hash);
         self.used += 1;
     }
 
-    fn place(&mut self, slot: Slot<W>, hash: u64) {
+    fn place(&mut self, slot: Slot, hash: u64) {
         let mut at = self.home(hash);
-        while self.slots[at].key[W - 1] != 0 {
-            at = (at + 1) & (self.slots.len() - 1);
+        loop {
+            if let Some(free) = self.pairs[at].iter_mut().find(|slot| slot[1] == 0) {
+                *free = slot;
+                return;
+            }
+            at = (at + 1) & (self.pairs.len() - 1);
         }
-        self.slots[at] = slot;
     }
 
     #[cold]
     fn make_room(&mut self) {
-        if self.slots.len() >= self.most_slots {
-            self.slots.fill(Self::EMPTY);
+        if 2 * self.pairs.len() >= self.most_slots || self.beside.len() > MOST_BESIDE / 2 {
+            self.pairs.fill([[0; 4]; 2]);
+            self.beside.clear();
             self.used = 0;
             return;
         }
-        let larger = vec![Self::EMPTY; (self.slots.len() * 4).min(self.most_slots)];
-        for slot in std::mem::replace(&mut self.slots, larger) {
-            if slot.key[W - 1] != 0 {
-                let hash = hash(&slot.key);
+        let larger = vec![[[0; 4]; 2]; (self.pairs.len() * 4).min(self.most_slots / 2)];
+        for slot in std::mem::replace(&mut self.pairs, larger).into_flattened() {
+            if slot[1] != 0 {
+                let hash = hash(&[slot[0], slot[1]]);
                 self.place(slot, hash);
             }
         }
     }
 }
 
+/// Starts to load what is at a place.
+#[inline(always)]
+pub fn prefetch<T>(place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64; a prefetch touches nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *place).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// Appends the first `count` ids.
+#[inline(always)]
+fn push(out: &mut Vec<u32>, ids: [u32; INLINE], count: usize) {
+    let length = out.len();
+    if out.capacity() - length >= INLINE && count <= INLINE {
+        // SAFETY: all four fit the capacity; the length then covers only what was written.
+        unsafe {
+            out.as_mut_ptr().add(length).cast::<[u32; INLINE]>().write_unaligned(ids);
+            out.set_len(length + count);
+        }
+    } else {
+        out.extend_from_slice(&ids[..count]);
+    }
+}
+
 #[cfg(test)]
-#[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
     fn keys_do_not_depend_on_what_follows() {
-        let text =
-            "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz".as_bytes();
-        for length in 1..=longest(6) {
-            let alone = key::<6>(&text[..length], 0, length);
-            assert_eq!(alone, key::<6>(text, 0, length));
-            assert_eq!(alone[5] >> 56, length as u64);
-            if length <= longest(2) {
-                assert_eq!(key::<2>(&text[..length], 0, length), key::<2>(text, 0, length));
-            }
+        let text = b"abcdefghijklmnopqrstuvwxyz";
+        for length in 1..=LONGEST {
+            let alone = key(&text[..length], 0, length);
+            assert_eq!(alone, key(text, 0, length));
+            assert_eq!(alone[1] >> 56, length as u64);
         }
-        assert_ne!(key::<2>(b"a\0", 0, 1), key::<2>(b"a\0", 0, 2));
+        assert_ne!(key(b"a\0", 0, 1), key(b"a\0", 0, 2));
     }
 
     #[test]
     fn a_full_cache_forgets() {
-        let mut cache = Cache::<2>::new(4096);
+        let mut cache = Cache::new(4096);
         for i in 0..100_000u32 {
             let text = i.to_le_bytes();
-            let key = key::<2>(&text, 0, 4);
+            let key = key(&text, 0, 4);
             let hash = hash(&key);
-            assert!(cache.get(&key, hash).is_none());
-            cache.insert(&key, hash, &[i, 1][..1 + i as usize % 2]);
-            let (ids, count) = cache.get(&key, hash).unwrap();
-            assert_eq!((ids[0], count), (i, 1 + i as usize % 2));
+            let mut out = vec![9];
+            assert!(!cache.append(&key, hash, &mut out));
+            let ids: Vec<u32> = (i..=i + i % 7).collect();
+            cache.insert(&key, hash, &ids);
+            assert!(cache.append(&key, hash, &mut out));
+            assert_eq!(out[1..], ids);
         }
-        assert_eq!(cache.slots.len(), 4096);
+        assert_eq!(cache.pairs.len(), 2048);
+        assert!(cache.beside.len() <= MOST_BESIDE);
     }
 }

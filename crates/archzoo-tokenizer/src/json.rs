@@ -12,7 +12,6 @@ use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::byte_level;
 use crate::decode::{DecodeStep, Decoder};
 use crate::error::{Error, Result};
-use crate::merges::Merges;
 use crate::metaspace::{Metaspace, Prepend};
 use crate::model::Model;
 use crate::normalize::Normalizer;
@@ -25,7 +24,7 @@ use crate::wordpiece::WordPiece;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File<'a> {
+pub(crate) struct File<'a> {
     #[serde(default)]
     version: Option<String>,
     /// Cutting and padding belong to whoever makes batches.
@@ -161,15 +160,51 @@ impl Merge<'_> {
 /// Reads a `tokenizer.json`.
 pub(crate) fn read(content: &[u8]) -> Result<Parts> {
     let content = std::str::from_utf8(content).map_err(|e| Error::new(format!("not UTF-8: {e}")))?;
-    let file: File =
-        serde_json::from_str(content).map_err(|e| Error::new(format!("not a tokenizer.json: {e}")))?;
+    parts(parse(content)?, None)
+}
+
+/// The same for a file without its vocabulary and merges, of which the model was made.
+pub(crate) fn read_around(around: &str, model: Bpe) -> Result<Parts> {
+    parts(parse(around)?, Some(model))
+}
+
+/// The same with the tokens and merges of a byte-pair model.
+pub(crate) fn read_tokens<'a>(
+    around: &'a str,
+    tokens: Vec<(Cow<'a, str>, u32)>,
+    merges: &[&'a str],
+) -> Result<Parts> {
+    let mut file = parse(around)?;
+    file.model.vocab = VocabFile::Ids(tokens);
+    file.model.merges = merges.iter().map(|&merge| Merge::Joined(merge.into())).collect();
+    parts(file, None)
+}
+
+/// A `tokenizer.json` without its vocabulary and merges.
+pub(crate) fn around(content: &[u8]) -> Result<String> {
+    let mut file: Value =
+        serde_json::from_slice(content).map_err(|e| Error::new(format!("not a tokenizer.json: {e}")))?;
+    file["model"]["vocab"] = Value::Object(Map::new());
+    file["model"]["merges"] = Value::Array(Vec::new());
+    Ok(file.to_string())
+}
+
+fn parse(content: &str) -> Result<File<'_>> {
+    serde_json::from_str(content).map_err(|e| Error::new(format!("not a tokenizer.json: {e}")))
+}
+
+/// The parts of a file, with the model made of it or that given.
+pub(crate) fn parts(file: File, made: Option<Bpe>) -> Result<Parts> {
     if file.version.as_deref().is_some_and(|v| v != "1.0") {
         return Err(Error::unsupported(format!("tokenizer.json of version {:?}", file.version)));
     }
     let pre = pre_tokenizer(file.pre_tokenizer)?;
     let normalizers: Vec<Normalizer> =
         flat(file.normalizer, "normalizers")?.into_iter().map(normalizer).collect::<Result<_>>()?;
-    let model = model(file.model, pre.byte_level)?;
+    let model = match made {
+        Some(bpe) => Model::Bpe(bpe),
+        None => model(file.model, pre.byte_level)?,
+    };
     let (before, after) = post_processor(file.post_processor)?;
     let decoder = decoder(file.decoder)?;
     let (raw, normalized) = added_tokens(file.added_tokens, &model, &normalizers)?;
@@ -184,7 +219,6 @@ pub(crate) fn read(content: &[u8]) -> Result<Parts> {
         before,
         after,
         decoder,
-        hash: blake3::Hash::from_bytes([0; 32]),
     })
 }
 
@@ -254,6 +288,11 @@ impl Fields {
     fn pattern(&mut self) -> Result<Pattern> {
         let value = self.take("pattern");
         match (value.get("Regex"), value.get("String")) {
+            // `{1,3}+` takes as much as it can and gives nothing back for some engines; for the one that
+            // `tokenizers` uses it is a repetition of a repetition.
+            (Some(Value::String(regex)), None) if repeats_interval(regex) => {
+                Err(self.wrong("pattern", &value))
+            }
             (Some(Value::String(regex)), None) => Ok(Pattern::Regex(regex.clone())),
             (None, Some(Value::String(text))) => Ok(Pattern::Text(text.clone())),
             _ => Err(self.wrong("pattern", &value)),
@@ -281,6 +320,14 @@ impl Fields {
     fn unsupported<T>(&self, what: &str) -> Result<T> {
         Err(Error::unsupported(format!("the {what} {}", self.kind)))
     }
+}
+
+/// Whether a regex has an interval of repetitions, such as `{1,3}`, with a plus after it.
+fn repeats_interval(regex: &str) -> bool {
+    regex.match_indices("}+").any(|(end, _)| {
+        let inner = regex[..end].rsplit_once('{').map_or("", |(_, inner)| inner);
+        !inner.is_empty() && inner.bytes().all(|b| b.is_ascii_digit() || b == b',')
+    })
 }
 
 enum Pattern {
@@ -550,8 +597,6 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
         left_right.push((id(&buffer[..cut])?, id(&buffer[cut..])?, rank));
         products.push(id(&buffer)?);
     }
-    let merges = Merges::new(&left_right, products)?;
-
     let symbols = if byte_level {
         let mut ids = Box::new([MISSING; 256]);
         for byte in 0..=255u8 {
@@ -569,7 +614,9 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
             Some(found.ok_or_else(|| Error::new(format!("the vocabulary lacks the unk_token {token:?}")))?)
         }
     };
-    Ok(Model::Bpe(Bpe { vocab, merges, symbols, ignore_merges, unknown, fuse_unknown }))
+    let mut model = Bpe::new(vocab, symbols, &left_right, products)?;
+    (model.ignore_merges, model.unknown, model.fuse_unknown) = (ignore_merges, unknown, fuse_unknown);
+    Ok(Model::Bpe(model))
 }
 
 fn wordpiece(mut f: Fields, tokens: &[(Cow<str>, u32)]) -> Result<Model> {

@@ -1,14 +1,18 @@
 //! Text to token ids and back: exact, linear on any input, without a regex on the hot path.
 
 mod added;
+mod backtrack;
 mod bpe;
 mod byte_level;
 mod cache;
+mod cache_file;
 mod chat;
 mod classes;
 mod decode;
 mod error;
+mod gguf;
 mod json;
+mod long_cache;
 mod merges;
 mod metaspace;
 mod model;
@@ -16,6 +20,7 @@ mod normalize;
 mod split;
 mod tiktoken;
 mod tokenizer;
+mod trie;
 mod unigram;
 mod vocab;
 mod wordpiece;
@@ -24,5 +29,6 @@ pub use added::{AddedToken, AllowedSpecial};
 pub use chat::render as render_chat;
 pub use decode::DecodeStream;
 pub use error::{Error, Result};
+pub use split::SPLIT_PATTERNS;
 pub use tiktoken::NAMES as PATTERN_NAMES;
 pub use tokenizer::{Options, Ragged, Tokenizer};

@@ -7,11 +7,12 @@
 
 use archzoo_simd::{InstructionSet, multiversion};
 
+use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 use crate::vocab::MOST_IDS;
 
 /// No rank: the pair does not merge.
-const NONE: u32 = u32::MAX;
+pub const NONE: u32 = u32::MAX;
 const ID_BITS: u32 = 21;
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
@@ -21,27 +22,37 @@ const POSITION_BITS: u32 = 11;
 /// Symbols that are merged without a heap, at most.
 const MOST_LINEAR: usize = 1 << POSITION_BITS;
 
+/// Two tokens that merge, and the rank of that.
+pub type Merge = (u32, u32, u32);
+
 /// Merges by pair.
 #[derive(Debug, Clone)]
 pub struct Merges {
     /// Left id, right id, rank; a power of two of slots, at most half full.
     slots: Vec<u64>,
+    /// A bit for each hash of [`FILTER_BITS`] that some pair has: it tells most pairs without a merge, and stays in
+    /// a nearer cache than the slots.
+    filter: Vec<u64>,
     /// The id that a rank gives.
     products: Vec<u32>,
 }
 
+const FILTER_BITS: u32 = 20;
+
 impl Merges {
-    /// Merges (left, right, rank), of which a later one for the same pair counts, and the id that each rank gives.
-    pub fn new(merges: &[(u32, u32, u32)], products: Vec<u32>) -> Result<Self> {
+    /// Merges, of which a later one for the same pair counts, and the id that each rank gives.
+    pub fn new(merges: &[Merge], products: Vec<u32>) -> Result<Self> {
         if products.len() >= 1 << RANK_BITS {
             return Err(Error::unsupported(format!("more than {} merges", (1 << RANK_BITS) - 1)));
         }
         let size = (2 * merges.len() + 2).next_power_of_two();
-        let mut table = Self { slots: vec![EMPTY; size], products };
+        let mut table = Self { slots: vec![EMPTY; size], filter: vec![0; (1 << FILTER_BITS) / 64], products };
         for &(left, right, rank) in merges {
             debug_assert!(left.max(right) < MOST_IDS as u32 && (rank as usize) < table.products.len());
             let key = pair(left, right);
-            let mut at = table.home(key);
+            let hash = hash(key);
+            table.filter[(hash >> (70 - FILTER_BITS)) as usize] |= 1 << (hash >> (64 - FILTER_BITS) & 63);
+            let mut at = table.home(hash);
             while table.slots[at] != EMPTY && table.slots[at] >> RANK_BITS != key {
                 at = (at + 1) & (size - 1);
             }
@@ -51,16 +62,19 @@ impl Merges {
     }
 
     #[inline(always)]
-    fn home(&self, key: u64) -> usize {
-        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    fn home(&self, hash: u64) -> usize {
         (hash >> 32) as usize & (self.slots.len() - 1)
     }
 
     /// Rank of a pair.
     #[inline(always)]
-    fn rank(&self, left: u32, right: u32) -> u32 {
+    pub fn rank(&self, left: u32, right: u32) -> u32 {
         let key = pair(left, right);
-        let mut at = self.home(key);
+        let hash = hash(key);
+        if self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63) & 1 == 0 {
+            return NONE;
+        }
+        let mut at = self.home(hash);
         loop {
             let slot = self.slots[at];
             if slot >> RANK_BITS == key {
@@ -71,6 +85,11 @@ impl Merges {
             }
             at = (at + 1) & (self.slots.len() - 1);
         }
+    }
+
+    /// The id that a rank gives.
+    pub fn product(&self, rank: u32) -> u32 {
+        self.products[rank as usize]
     }
 
     /// Appends to `out` what `symbols` merge to.
@@ -171,6 +190,26 @@ impl Merges {
                 tokens.starts.push(i as u32 + offset);
             }
         }
+    }
+}
+
+impl Table for Merges {
+    fn write(&self, out: &mut Writer) {
+        out.longs(&self.slots);
+        out.longs(&self.filter);
+        out.words(&self.products);
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let (slots, filter, products) = (from.longs()?, from.longs()?, from.words()?);
+        let is_table = slots.len().is_power_of_two() && slots.contains(&EMPTY);
+        let rank = |slot: u64| slot as usize & ((1 << RANK_BITS) - 1);
+        let all_there = slots.iter().all(|&slot| slot == EMPTY || rank(slot) < products.len());
+        (is_table && all_there && filter.len() == (1 << FILTER_BITS) / 64).then_some(Self {
+            slots,
+            filter,
+            products,
+        })
     }
 }
 
@@ -325,6 +364,11 @@ multiversion! {
 #[inline(always)]
 fn key(rank: u32, position: usize) -> u32 {
     if rank == NONE { NONE } else { rank << POSITION_BITS | position as u32 }
+}
+
+#[inline(always)]
+fn hash(key: u64) -> u64 {
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[inline(always)]

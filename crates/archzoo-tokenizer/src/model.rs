@@ -1,9 +1,12 @@
+use std::ops::Range;
+
 use crate::bpe::{Bpe, Work};
 use crate::cache::{self, Cache, INLINE, Key};
 use crate::error::Result;
+use crate::long_cache::LongCache;
 use crate::split::{BATCH, Piece, Sink};
 use crate::unigram::Unigram;
-use crate::vocab::Vocab;
+use crate::vocab::{self, Vocab};
 use crate::wordpiece::WordPiece;
 
 /// What turns a piece into ids.
@@ -27,6 +30,11 @@ impl Model {
         }
     }
 
+    /// Whether the tokens' bytes are those of the text.
+    pub fn is_byte_level(&self) -> bool {
+        matches!(self, Self::Bpe(bpe) if bpe.is_byte_level())
+    }
+
     fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         match self {
             Self::Bpe(bpe) => bpe.encode(piece, work, out),
@@ -36,28 +44,24 @@ impl Model {
     }
 }
 
-/// Words of the keys of short and of long pieces: 15 and 47 bytes.
-const SHORT: usize = 2;
-const LONG: usize = 6;
-/// At most 16 MB and 8 MB a thread.
+/// At most 16 MB a thread.
 const MOST_SHORT: usize = 1 << 19;
-const MOST_LONG: usize = 1 << 17;
 
 /// What one thread keeps from call to call: pieces that it has seen, and buffers.
 pub struct Scratch {
-    short: Cache<SHORT>,
-    long: Cache<LONG>,
+    short: Cache,
+    long: LongCache,
     work: Box<Work>,
-    keys: Box<[(Key<SHORT>, u64); BATCH]>,
+    keys: Box<[(Key, u64); BATCH]>,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
         Self {
             short: Cache::new(MOST_SHORT),
-            long: Cache::new(MOST_LONG),
+            long: LongCache::default(),
             work: Box::default(),
-            keys: Box::new([([0; SHORT], 0); BATCH]),
+            keys: Box::new([(Key::default(), 0); BATCH]),
         }
     }
 }
@@ -72,13 +76,42 @@ pub struct Encoder<'a> {
     pub out: &'a mut Vec<u32>,
     /// Ids counted instead of kept.
     pub counted: Option<usize>,
+    /// Where each id's text is, if wanted.
+    pub spans: Option<Vec<Range<usize>>>,
 }
 
 impl Encoder<'_> {
-    /// Takes the id of an added token.
-    pub fn token(&mut self, id: u32) -> Result<()> {
+    /// Takes the id of an added token, which stands for `range` of the text.
+    pub fn token(&mut self, id: u32, range: Range<usize>) {
         self.out.push(id);
-        Ok(())
+        if let Some(spans) = &mut self.spans {
+            spans.push(range);
+        }
+    }
+
+    /// Finds where the tokens from `first` on are in their text, which starts at `start`; with `blank` the first token
+    /// has a blank that the text lacks. A byte that no token stands for is passed over, and a token that is not
+    /// there is empty.
+    pub fn locate(&mut self, text: &[u8], start: usize, first: usize, blank: bool) {
+        let Some(spans) = &mut self.spans else { return };
+        let mut at = 0;
+        for (i, &id) in self.out[first..].iter().enumerate() {
+            let mut token = self.model.vocab().bytes(id).unwrap_or_default();
+            if blank && i == 0 {
+                token = token.strip_prefix(b" ").unwrap_or(token);
+            }
+            // A token may go on behind a byte that is passed over.
+            let mut span: Option<Range<usize>> = None;
+            let mut next = at;
+            for byte in token {
+                let Some(found) = text[next..].iter().position(|b| b == byte) else { break };
+                next += found + 1;
+                span = Some(span.map_or(next - 1, |span| span.start)..next);
+            }
+            let span = span.unwrap_or(at..at);
+            at = span.end;
+            spans.push(start + span.start..start + span.end);
+        }
     }
 }
 
@@ -87,37 +120,28 @@ impl Sink for Encoder<'_> {
     fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
         let Scratch { short, long, work, keys } = &mut *self.scratch;
         for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter_mut()) {
-            if end - start <= cache::longest(SHORT) {
+            if end - start <= cache::LONGEST {
                 *key = cache::key(text, start, end - start);
                 *hash = cache::hash(key);
                 short.prefetch(*hash);
+            } else {
+                *hash = vocab::hash(&text[start..end]);
+                long.prefetch(*hash);
             }
         }
         self.out.reserve(INLINE * pieces.len());
         for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter()) {
-            let length = end - start;
-            if length <= cache::longest(SHORT) {
-                match short.get(key, *hash) {
-                    Some((ids, count)) => push(self.out, &ids, count),
-                    None => {
-                        let before = self.out.len();
-                        self.model.encode(&text[start..end], work, self.out);
-                        short.insert(key, *hash, &self.out[before..]);
-                    }
+            let before = self.out.len();
+            if end - start <= cache::LONGEST {
+                if !short.append(key, *hash, self.out) {
+                    self.model.encode(&text[start..end], work, self.out);
+                    short.insert(key, *hash, &self.out[before..]);
                 }
-            } else if length <= cache::longest(LONG) {
-                let key = cache::key::<LONG>(text, start, length);
-                let hash = cache::hash(&key);
-                match long.get(&key, hash) {
-                    Some((ids, count)) => push(self.out, &ids, count),
-                    None => {
-                        let before = self.out.len();
-                        self.model.encode(&text[start..end], work, self.out);
-                        long.insert(&key, hash, &self.out[before..]);
-                    }
-                }
+            } else if let Some(ids) = long.get(&text[start..end], *hash) {
+                self.out.extend_from_slice(ids);
             } else {
                 self.model.encode(&text[start..end], work, self.out);
+                long.insert(&text[start..end], *hash, &self.out[before..]);
             }
         }
         if let Some(counted) = &mut self.counted {
@@ -125,20 +149,5 @@ impl Sink for Encoder<'_> {
             self.out.clear();
         }
         Ok(())
-    }
-}
-
-/// Appends the first `count` ids.
-#[inline(always)]
-fn push(out: &mut Vec<u32>, ids: &[u32; INLINE], count: usize) {
-    let length = out.len();
-    if out.capacity() - length >= INLINE && count <= INLINE {
-        // SAFETY: all four fit the capacity; the length then covers only what was written.
-        unsafe {
-            out.as_mut_ptr().add(length).cast::<[u32; INLINE]>().write_unaligned(*ids);
-            out.set_len(length + count);
-        }
-    } else {
-        out.extend_from_slice(&ids[..count]);
     }
 }

@@ -2,7 +2,7 @@ use crate::added::{Added, AddedToken};
 use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::decode::Decoder;
 use crate::error::{Error, Result};
-use crate::merges::Merges;
+use crate::merges::Merge;
 use crate::model::Model;
 use crate::split::regex::{Behavior, Step};
 use crate::split::{Family, Splitter};
@@ -28,27 +28,25 @@ pub(crate) fn read(content: &[u8], pattern: &str) -> Result<Parts> {
         return Err(Error::new("no tokens"));
     }
     let vocab = Vocab::new(&tokens, |_| true)?;
-    let merges = merges(&vocab)?;
     let mut bytes = Box::new([MISSING; 256]);
     for byte in 0..=255u8 {
         bytes[usize::from(byte)] = vocab
             .get(&[byte])
             .ok_or_else(|| Error::unsupported(format!("a rank file without the byte {byte:#04x}")))?;
     }
-    let size = vocab.len() as u32;
-    let special = special_tokens(pattern, size);
+    let (merges, products) = (merges(&vocab), (0..vocab.len() as u32).collect());
+    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges, products)?;
+    model.ignore_merges = true;
+    parts(pattern, model)
+}
+
+/// The parts of a tokenizer with this pattern and model.
+pub(crate) fn parts(pattern: &str, model: Bpe) -> Result<Parts> {
+    let special = special_tokens(pattern, model.vocab.len() as u32);
     let splitter = match family(pattern) {
         Some(family) => Splitter::Family(family),
         // Matches are the pieces, the text between them is dropped.
         None => Splitter::Steps(vec![Step::regex(pattern, Behavior::Removed, true)?]),
-    };
-    let model = Bpe {
-        vocab,
-        merges,
-        symbols: Symbols::Bytes(bytes),
-        ignore_merges: true,
-        unknown: None,
-        fuse_unknown: false,
     };
     Ok(Parts {
         raw: Added::new(special)?,
@@ -61,7 +59,6 @@ pub(crate) fn read(content: &[u8], pattern: &str) -> Result<Parts> {
         before: Vec::new(),
         after: Vec::new(),
         decoder: Decoder::Bytes,
-        hash: blake3::Hash::from_bytes([0; 32]),
     })
 }
 
@@ -106,7 +103,7 @@ fn base64(text: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Two tokens merge if their bytes together are a token, whose rank is then that of the merge.
-fn merges(vocab: &Vocab) -> Result<Merges> {
+fn merges(vocab: &Vocab) -> Vec<Merge> {
     let mut merges = Vec::with_capacity(2 * vocab.len());
     for id in 0..vocab.len() as u32 {
         let token = vocab.bytes(id).unwrap_or_default();
@@ -116,7 +113,7 @@ fn merges(vocab: &Vocab) -> Result<Merges> {
             }
         }
     }
-    Merges::new(&merges, (0..vocab.len() as u32).collect())
+    merges
 }
 
 fn special_tokens(pattern: &str, size: u32) -> Vec<AddedToken> {

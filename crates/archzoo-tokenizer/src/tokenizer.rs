@@ -1,4 +1,7 @@
 use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -10,12 +13,14 @@ use crate::error::{Error, Result};
 use crate::metaspace::Metaspace;
 use crate::model::{Encoder, Model, Scratch};
 use crate::normalize::Normalizer;
-use crate::split::Splitter;
-use crate::{json, tiktoken};
+use crate::split::{Sink, Splitter};
+use crate::{cache_file, gguf, json, tiktoken};
 
 /// A tokenizer, ready for any number of threads.
 pub struct Tokenizer {
     pub(crate) parts: Parts,
+    /// Of the file and the pattern.
+    hash: blake3::Hash,
     /// Of threads that are not at work.
     idle: Mutex<Vec<Scratch>>,
 }
@@ -36,8 +41,80 @@ pub(crate) struct Parts {
     pub before: Vec<u32>,
     pub after: Vec<u32>,
     pub decoder: Decoder,
-    /// Of the file and the pattern.
-    pub hash: blake3::Hash,
+}
+
+/// A file's content by its kind.
+enum Source<'a> {
+    Json(&'a [u8]),
+    Gguf(&'a [u8]),
+    /// With its pattern.
+    Ranks(&'a [u8], &'a str),
+}
+
+impl<'a> Source<'a> {
+    fn of(content: &'a [u8], pattern: Option<&'a str>) -> Result<Self> {
+        let source = if content.starts_with(&gguf::MAGIC) {
+            Self::Gguf(content)
+        } else if content.trim_ascii_start().first() == Some(&b'{') {
+            Self::Json(content)
+        } else if let Some(pattern) = pattern {
+            return Ok(Self::Ranks(content, pattern));
+        } else {
+            return Err(Error::new(format!(
+                "no tokenizer.json and no GGUF file; a tiktoken rank file needs `pattern`, one of {}",
+                tiktoken::NAMES.join(", ")
+            )));
+        };
+        match pattern {
+            None => Ok(source),
+            Some(_) => Err(Error::new("only a rank file needs `pattern`; this file names its own")),
+        }
+    }
+
+    fn parts(&self) -> Result<Parts> {
+        match self {
+            Self::Json(content) => json::read(content),
+            Self::Gguf(content) => gguf::read(content),
+            Self::Ranks(content, pattern) => tiktoken::read(content, pattern),
+        }
+    }
+
+    /// What the file says around the model, as a `tokenizer.json`.
+    fn around(&self) -> Result<String> {
+        match self {
+            Self::Json(content) => json::around(content),
+            Self::Gguf(content) => gguf::around(content),
+            Self::Ranks(..) => Ok(String::new()),
+        }
+    }
+}
+
+/// The content of a file; of a GGUF file, which may be large, its metadata.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let failed = |e: std::io::Error| Error::new(format!("{}: {e}", path.display()));
+    let mut file = File::open(path).map_err(failed)?;
+    let mut content = Vec::new();
+    (&mut file).take(1 << 20).read_to_end(&mut content).map_err(failed)?;
+    if !content.starts_with(&gguf::MAGIC) {
+        file.read_to_end(&mut content).map_err(failed)?;
+        return Ok(content);
+    }
+    loop {
+        if let Some(end) = gguf::length(&content).map_err(|e| e.in_file(path))? {
+            content.truncate(end);
+            return Ok(content);
+        }
+        let more = content.len() as u64;
+        if (&mut file).take(more).read_to_end(&mut content).map_err(failed)? == 0 {
+            return Err(Error::new("the file ends within its metadata").in_file(path));
+        }
+    }
+}
+
+fn hash(content: &[u8], pattern: Option<&str>) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(content).update(&[0]).update(pattern.unwrap_or_default().as_bytes());
+    hasher.finalize()
 }
 
 /// Choices of one call.
@@ -67,32 +144,40 @@ pub struct Ragged {
 const TASK_BYTES: usize = 1 << 15;
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`, or a tiktoken rank file with the name of its pattern (or the pattern itself).
+    /// Reads a `tokenizer.json`, a GGUF file's vocabulary, or a tiktoken rank file with the name of its pattern (or
+    /// the pattern itself).
     pub fn from_file(path: &Path, pattern: Option<&str>) -> Result<Self> {
-        let content = std::fs::read(path).map_err(|e| Error::new(format!("{}: {e}", path.display())))?;
-        Self::from_bytes(&content, pattern).map_err(|e| e.in_file(path))
+        Self::from_bytes(&read(path)?, pattern).map_err(|e| e.in_file(path))
     }
 
     /// The same from a file's content.
     pub fn from_bytes(content: &[u8], pattern: Option<&str>) -> Result<Self> {
-        let is_json = content.trim_ascii_start().first() == Some(&b'{');
-        let mut parts = match (is_json, pattern) {
-            (true, None) => json::read(content)?,
-            (true, Some(_)) => {
-                return Err(Error::new("a tokenizer.json names its own pattern: leave `pattern` out"));
-            }
-            (false, Some(pattern)) => tiktoken::read(content, pattern)?,
-            (false, None) => {
-                return Err(Error::new(format!(
-                    "no tokenizer.json; a tiktoken rank file needs `pattern`, one of {}",
-                    tiktoken::NAMES.join(", ")
-                )));
-            }
-        };
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(content).update(&[0]).update(pattern.unwrap_or_default().as_bytes());
-        parts.hash = hasher.finalize();
-        Ok(Self { parts, idle: Mutex::default() })
+        Source::of(content, pattern)?.parts().map(|parts| Self::new(parts, hash(content, pattern)))
+    }
+
+    /// Reads the tables that an earlier call has left in `folder`; builds them and leaves them there if it must.
+    pub fn from_file_cached(path: &Path, pattern: Option<&str>, folder: &Path) -> Result<Self> {
+        let content = read(path)?;
+        let hash = hash(&content, pattern);
+        let source = Source::of(&content, pattern).map_err(|e| e.in_file(path))?;
+        let file = cache_file::path(folder, &hash);
+        if let Some((around, model)) = cache_file::read(&file, &hash) {
+            let parts = match source {
+                Source::Ranks(_, pattern) => tiktoken::parts(pattern, model),
+                Source::Json(_) | Source::Gguf(_) => json::read_around(&around, model),
+            };
+            return parts.map(|parts| Self::new(parts, hash)).map_err(|e| e.in_file(path));
+        }
+        let parts = source.parts().map_err(|e| e.in_file(path))?;
+        if let Model::Bpe(model) = &parts.model {
+            let around = source.around().map_err(|e| e.in_file(path))?;
+            cache_file::write(&file, &hash, &around, model)?;
+        }
+        Ok(Self::new(parts, hash))
+    }
+
+    fn new(parts: Parts, hash: blake3::Hash) -> Self {
+        Self { parts, hash, idle: Mutex::default() }
     }
 
     /// Number of ids, those of added tokens included.
@@ -106,9 +191,14 @@ impl Tokenizer {
         self.parts.raw.tokens().iter().chain(self.parts.normalized.tokens())
     }
 
+    /// Whether the text of ids is that of their tokens' bytes, whatever comes before.
+    pub fn joins_bytes(&self) -> bool {
+        matches!(self.parts.decoder, Decoder::Bytes)
+    }
+
     /// A hash of the file and the pattern, in hexadecimal.
     pub fn hash(&self) -> String {
-        self.parts.hash.to_hex().to_string()
+        self.hash.to_hex().to_string()
     }
 
     /// Appends the ids of a text to `out`.
@@ -173,32 +263,113 @@ impl Tokenizer {
         out: &mut Vec<u32>,
         counted: Option<usize>,
     ) -> Result<Option<usize>> {
+        let mut encoder = Encoder { model: &self.parts.model, scratch, out, counted, spans: None };
+        self.surround(options, &mut encoder, text.len(), |encoder| self.encode_text(text, options, encoder))?;
+        Ok(encoder.counted)
+    }
+
+    /// Appends the ids of what `inner` encodes, and those around it.
+    fn surround(
+        &self,
+        options: Options,
+        encoder: &mut Encoder,
+        end: usize,
+        inner: impl FnOnce(&mut Encoder) -> Result<()>,
+    ) -> Result<()> {
+        let (before, after) = match options.add_special_tokens {
+            true => (self.parts.before.as_slice(), self.parts.after.as_slice()),
+            false => (&[][..], &[][..]),
+        };
+        before.iter().for_each(|&id| encoder.token(id, 0..0));
+        inner(encoder)?;
+        after.iter().for_each(|&id| encoder.token(id, end..end));
+        Ok(())
+    }
+
+    fn encode_text(&self, text: &str, options: Options, encoder: &mut Encoder) -> Result<()> {
         let parts = &self.parts;
-        if options.add_special_tokens {
-            out.extend_from_slice(&parts.before);
-        }
-        let mut encoder = Encoder { model: &parts.model, scratch, out, counted };
         parts.raw.split(text, options.allowed_special, |section| {
-            let range = match section {
-                Section::Token(id) => return encoder.token(id),
+            let section = match section {
+                Section::Token(id, range) => {
+                    encoder.token(id, range);
+                    return Ok(());
+                }
                 Section::Text(range) => range,
             };
-            let is_first = range.start == 0;
-            let normalized =
-                parts.normalizers.iter().fold(Cow::Borrowed(&text[range]), |text, n| n.apply(text));
-            parts.normalized.split(&normalized, options.allowed_special, |section| match section {
-                Section::Token(id) => encoder.token(id),
+            let given = &text[section.clone()];
+            let normalized = parts.normalizers.iter().fold(Cow::Borrowed(given), |text, n| n.apply(text));
+            if encoder.spans.is_some() && normalized != given {
+                return Err(Error::unsupported("offsets of text that the normalizer changes"));
+            }
+            parts.normalized.split(&normalized, options.allowed_special, |inner| match inner {
+                Section::Token(id, range) => {
+                    encoder.token(id, section.start + range.start..section.start + range.end);
+                    Ok(())
+                }
                 Section::Text(range) => {
-                    let is_first = is_first && range.start == 0;
-                    parts.encode_text(&normalized[range], is_first, &mut encoder)
+                    let start = section.start + range.start;
+                    let before = encoder.out.len();
+                    parts.encode_section(&normalized[range.clone()], start == 0, encoder)?;
+                    let text = &normalized[range];
+                    let blank = parts.prefix_blank && !text.starts_with(' ');
+                    encoder.locate(text.as_bytes(), start, before, blank);
+                    Ok(())
                 }
             })
-        })?;
-        let counted = encoder.counted;
-        if options.add_special_tokens {
-            out.extend_from_slice(&parts.after);
+        })
+    }
+
+    /// Appends the ids of bytes to `out`. Those that are not UTF-8 are pieces of their own, as long as they go.
+    pub fn encode_bytes(&self, bytes: &[u8], options: Options, out: &mut Vec<u32>) -> Result<()> {
+        if let Ok(text) = std::str::from_utf8(bytes) {
+            return self.encode(text, options, out);
         }
-        Ok(counted)
+        self.needs_bytes("bytes that are not UTF-8")?;
+        self.with_scratch(|scratch| {
+            let mut encoder = Encoder { model: &self.parts.model, scratch, out, counted: None, spans: None };
+            self.surround(options, &mut encoder, bytes.len(), |encoder| {
+                let (mut start, mut end) = (0, 0);
+                for chunk in bytes.utf8_chunks() {
+                    if !chunk.valid().is_empty() {
+                        if start < end {
+                            encoder.take(bytes, &[(start, end)])?;
+                        }
+                        self.encode_text(chunk.valid(), options, encoder)?;
+                        start = end + chunk.valid().len();
+                    }
+                    end += chunk.valid().len() + chunk.invalid().len();
+                }
+                if start < end { encoder.take(bytes, &[(start, end)]) } else { Ok(()) }
+            })
+        })
+    }
+
+    /// The ids of a text, and for each where its bytes start and end in the text.
+    ///
+    /// Of a byte-level tokenizer, for text that its normalizers leave as it is.
+    pub fn encode_with_offsets(&self, text: &str, options: Options) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        self.needs_bytes("offsets")?;
+        if !self.parts.splitter.keeps_all() {
+            return Err(Error::unsupported("offsets with a pre-tokenizer that drops text"));
+        }
+        self.with_scratch(|scratch| {
+            let mut out = Vec::new();
+            let spans = Some(Vec::new());
+            let mut encoder =
+                Encoder { model: &self.parts.model, scratch, out: &mut out, counted: None, spans };
+            self.surround(options, &mut encoder, text.len(), |encoder| {
+                self.encode_text(text, options, encoder)
+            })?;
+            let spans = encoder.spans.unwrap_or_default();
+            Ok((out, spans))
+        })
+    }
+
+    fn needs_bytes(&self, what: &str) -> Result<()> {
+        match self.parts.model.is_byte_level() {
+            true => Ok(()),
+            false => Err(Error::unsupported(format!("{what} with a tokenizer that is not byte-level"))),
+        }
     }
 
     /// The bytes of ids; not always UTF-8.
@@ -249,7 +420,7 @@ impl Tokenizer {
 }
 
 impl Parts {
-    fn encode_text(&self, text: &str, is_first: bool, encoder: &mut Encoder) -> Result<()> {
+    fn encode_section(&self, text: &str, is_first: bool, encoder: &mut Encoder) -> Result<()> {
         if let Some(metaspace) = &self.metaspace {
             return metaspace.split(text, is_first, &self.splitter, encoder);
         }

@@ -1,19 +1,23 @@
-use hashbrown::HashTable;
-
+use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 
 /// Largest number of ids: three of them and a rank share one word in the table of merges.
 pub const MOST_IDS: usize = 1 << 21;
 
 /// Tokens by id, and ids by token.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Vocab {
     bytes: Vec<u8>,
     /// Where each id's bytes end; they start where those of the id before end.
     ends: Vec<u32>,
-    ids: HashTable<u32>,
+    /// Ids by the hash of their bytes: a power of two of slots, at most half full.
+    slots: Vec<u32>,
+    found: usize,
     longest: usize,
 }
+
+/// A free slot.
+const FREE: u32 = u32::MAX;
 
 impl Vocab {
     /// A vocabulary of `tokens`, each with its id. An id without a token stands for no bytes.
@@ -39,7 +43,8 @@ impl Vocab {
         let mut vocab = Self {
             bytes: Vec::with_capacity(total),
             ends: Vec::with_capacity(size),
-            ids: HashTable::with_capacity(tokens.len()),
+            slots: vec![FREE; (2 * tokens.len() + 1).next_power_of_two()],
+            found: 0,
             longest: 0,
         };
         for (id, &i) in by_id.iter().enumerate() {
@@ -59,14 +64,30 @@ impl Vocab {
         if token.is_empty() {
             return Ok(());
         }
-        let hash = hash(token);
-        if self.ids.find(hash, |&other| bytes_of(&self.bytes, &self.ends, other) == token).is_some() {
-            return Err(Error::new(format!("the token {:?} is there twice", String::from_utf8_lossy(token))));
+        match self.find(token) {
+            Ok(_) => {
+                Err(Error::new(format!("the token {:?} is there twice", String::from_utf8_lossy(token))))
+            }
+            Err(slot) => {
+                self.longest = self.longest.max(token.len());
+                self.slots[slot] = id;
+                self.found += 1;
+                Ok(())
+            }
         }
-        self.longest = self.longest.max(token.len());
-        let rehash = |&id: &u32| self::hash(bytes_of(&self.bytes, &self.ends, id));
-        self.ids.insert_unique(hash, id, rehash);
-        Ok(())
+    }
+
+    /// The id of a token, or the free slot for it.
+    #[inline]
+    fn find(&self, token: &[u8]) -> std::result::Result<u32, usize> {
+        let mut at = hash(token) as usize & (self.slots.len() - 1);
+        loop {
+            match self.slots[at] {
+                FREE => return Err(at),
+                id if bytes_of(&self.bytes, &self.ends, id) == token => return Ok(id),
+                _ => at = (at + 1) & (self.slots.len() - 1),
+            }
+        }
     }
 
     /// Number of ids: one more than the largest.
@@ -79,6 +100,17 @@ impl Vocab {
         self.longest
     }
 
+    /// Number of tokens that `get` knows.
+    pub fn found(&self) -> usize {
+        self.found
+    }
+
+    /// Number of bytes of a token that is there.
+    #[inline(always)]
+    pub fn length(&self, id: u32) -> usize {
+        bytes_of(&self.bytes, &self.ends, id).len()
+    }
+
     /// Bytes of a token; none for an id that is not there.
     pub fn bytes(&self, id: u32) -> Option<&[u8]> {
         ((id as usize) < self.ends.len()).then(|| bytes_of(&self.bytes, &self.ends, id))
@@ -87,10 +119,34 @@ impl Vocab {
     /// Id of a token.
     #[inline]
     pub fn get(&self, token: &[u8]) -> Option<u32> {
-        if token.len() > self.longest {
+        if token.len() > self.longest || token.is_empty() {
             return None;
         }
-        self.ids.find(hash(token), |&id| bytes_of(&self.bytes, &self.ends, id) == token).copied()
+        self.find(token).ok()
+    }
+}
+
+impl Table for Vocab {
+    fn write(&self, out: &mut Writer) {
+        out.bytes(&self.bytes);
+        out.words(&self.ends);
+        out.words(&self.slots);
+        out.words(&[self.found as u32, self.longest as u32]);
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let (bytes, ends, slots) = (from.bytes()?.to_vec(), from.words()?, from.words()?);
+        let [found, longest] = from.words()?[..] else { return None };
+        let is_rising = ends.is_sorted() && ends.last().is_none_or(|&end| end as usize == bytes.len());
+        let is_table = slots.len().is_power_of_two() && slots.contains(&FREE);
+        let all_there = slots.iter().all(|&id| id == FREE || (id as usize) < ends.len());
+        (is_rising && is_table && all_there && ends.len() <= MOST_IDS).then_some(Self {
+            bytes,
+            ends,
+            slots,
+            found: found as usize,
+            longest: longest as usize,
+        })
     }
 }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from archzoo.errors import ArchzooError, ConfigError, InputError
+from archzoo.errors import ArchzooError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -53,16 +53,6 @@ def model_config(name: str) -> ModelConfig:
     from archzoo import checkpoint, zoo
 
     return checkpoint.read_config(name)[0] if Path(name).is_dir() else zoo.config(name)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The `tokenizers` object of a folder."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{folder}: no tokenizer.json")
-    return Tokenizer.from_file(str(path))
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archzoo.cli.app import console, tokenizer_files, tokenizer_of
+from archzoo.cli.app import console, tokenizer_files
 from archzoo.cli.report import report_table, write_report
 from archzoo.cli.work import read_recipe, texts
 from archzoo.errors import ArchzooError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from archzoo.cache import Cache
     from archzoo.distill import ILD, KD, Recipe
     from archzoo.model import CausalLM
+    from archzoo.tokenizer import Tokenizer
 
     Tokens = npt.NDArray[np.uint32]
     Metrics = dict[str, Any]
@@ -99,11 +100,12 @@ def demo(teacher_folder: Path, train_text: str, valid_text: str, out: Path, sett
     """Convert, distil, assemble, distil again, measure; writes `out` and returns its metrics.json."""
     from archzoo import costs, zoo
     from archzoo.data import tokenize_text
+    from archzoo.tokenizer import Tokenizer
 
     started = time.perf_counter()
     work = _work_folder(out / "work", teacher_folder, train_text, valid_text, settings)
     run = _Run(work, settings)
-    tokenizer = tokenizer_of(teacher_folder)
+    tokenizer = Tokenizer.from_pretrained(teacher_folder)
     with run.step("load the teacher, tokenize"):
         teacher = zoo.load(teacher_folder)
         train, valid = tokenize_text(tokenizer, train_text), tokenize_text(tokenizer, valid_text)
@@ -312,9 +314,8 @@ def decode_rate(model: CausalLM, context: int, steps: int, seed: int) -> float:
     return 1 / sorted(times)[len(times) // 2]
 
 
-def _continue(model: CausalLM, tokenizer: Any, settings: Settings) -> str:
+def _continue(model: CausalLM, tokenizer: Tokenizer, settings: Settings) -> str:
     from archzoo import generation
 
-    ids = generation.generate(model, [tokenizer.encode(settings.prompt).ids], settings.new_tokens)
-    text: str = tokenizer.decode(ids[0].tolist())
-    return text
+    ids = generation.generate(model, [tokenizer.encode(settings.prompt).tolist()], settings.new_tokens)
+    return tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)

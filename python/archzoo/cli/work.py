@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archzoo.cli.app import console, tokenizer_files, tokenizer_of, torch_dtype
+from archzoo.cli.app import console, tokenizer_files, torch_dtype
 from archzoo.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,10 +94,11 @@ def distill_command(
     from archzoo import zoo
     from archzoo.data import Pack, tokenize_text
     from archzoo.distill import distill, perplexity
+    from archzoo.tokenizer import Tokenizer
 
     plan = read_recipe(recipe)
     train_text, valid_text = texts(text)
-    tokenizer = tokenizer_of(teacher)
+    tokenizer = Tokenizer.from_pretrained(teacher)
     pupil, master = (zoo.load(path, dtype=torch_dtype(dtype)) for path in (student, teacher))
     folder = pack or plan.pack
     valid = tokenize_text(tokenizer, valid_text)
@@ -134,21 +134,19 @@ def generate_command(
     device: Device = "cpu",
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
-    from tokenizers.decoders import DecodeStream
-
     from archzoo import generation, zoo
+    from archzoo.tokenizer import TextStream, Tokenizer
 
-    tokenizer = tokenizer_of(folder)
-    text = chat_prompt(folder, prompt) if chat else prompt
-    ids = tokenizer.encode(text, add_special_tokens=not chat).ids
+    tokenizer = Tokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
+    ids = tokenizer.encode(text, add_special_tokens=not chat).tolist()
     model = zoo.load(folder, device=device, dtype=None if dtype is None else torch_dtype(dtype))
     if not chat:
         typer.echo(prompt, nl=False)
-    stream = DecodeStream(skip_special_tokens=True)
+    stream = TextStream(tokenizer, skip_special_tokens=True)
 
     def show(new: Tensor) -> None:
-        if (piece := stream.step(tokenizer, int(new[0]))) is not None:
-            typer.echo(piece, nl=False)
+        typer.echo(stream.push(int(new[0])), nl=False)
 
     generation.generate(
         model,
@@ -161,7 +159,7 @@ def generate_command(
         seed=seed,
         callback=show,
     )
-    typer.echo()
+    typer.echo(stream.finish())
 
 
 def read_recipe(name: str) -> Any:
@@ -187,21 +185,6 @@ def texts(path: Path | None) -> tuple[str, str]:
     text = read_text(path)
     cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
     return text[:cut], text[cut:]
-
-
-def chat_prompt(folder: Path, question: str) -> str:
-    """One user message in the chat template of tokenizer_config.json, ready for the answer."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    template = settings.get("chat_template")
-    if not isinstance(template, str):
-        raise InputError(f"{folder}: tokenizer_config.json holds no chat template")
-    names = {key: settings[key] for key in ("bos_token", "eos_token") if isinstance(settings.get(key), str)}
-    messages = [{"role": "user", "content": question}]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
 
 
 def _indices(text: str) -> list[int]:

@@ -7,17 +7,11 @@ from os import PathLike
 from pathlib import Path
 
 from archzoo import _rust
+from archzoo.data.files import replace_text
 from archzoo.errors import InputError
 
-PATTERNS = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-PATTERNS["llama3"] = PATTERNS["cl100k"]
-PATTERNS["qwen2"] = PATTERNS["cl100k"].replace(r"\p{N}{1,3}", r"\p{N}")
+PATTERNS = _rust.split_patterns()
+PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts; tiktoken's own spelling means others to `tokenizers`
 
 
 def train_bpe(
@@ -39,7 +33,7 @@ def train_bpe(
             read in blocks that end with a line.
         vocab_size: tokens in all: special tokens, 256 bytes and what is learnt; fewer if the text is short.
         out: write `tokenizer.json` here: the file, or a folder that exists.
-        pattern: "gpt2", "cl100k", "llama3", "qwen2", or a regular expression that splits text into words.
+        pattern: "gpt2", "cl100k", "llama3", "qwen2", "o200k", "tekken", or a regular expression.
         special_tokens: they get the first ids.
         min_frequency: pairs that occur less often are not merged.
 
@@ -61,7 +55,7 @@ def train_bpe(
     if out is not None:
         path = Path(out)
         path = path / "tokenizer.json" if path.is_dir() else path
-        path.write_text(content, encoding="utf-8")
+        replace_text(path, content)
     return content
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from archzoo.data.documents import Documents, input_files
+from archzoo.data.files import replace_text, sync, sync_folder
 from archzoo.errors import InputError, PackError
 
 T = TypeVar("T")
@@ -421,14 +422,14 @@ class _Shard:
     def finish(self) -> PackShard:
         """Bring both files to the disk, then give them their names."""
         ends = np.concatenate(self._ends).astype("<i8")
-        _sync(self._file)
+        sync(self._file)
         self._file.close()
         with open(self._temporary("documents"), "wb") as file:
             file.write(ends.data)
-            _sync(file)
+            sync(file)
         for suffix in ("tokens", "documents"):
             self._temporary(suffix).rename(self.folder / f"{self.name}.{suffix}")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return PackShard(
             name=self.name,
             tokens=self.tokens,
@@ -501,26 +502,7 @@ def _sha256(path: Path) -> str:
 
 
 def _replace(path: Path, content: BaseModel) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content.model_dump_json(indent=2) + "\n")
-        _sync(file)
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    replace_text(path, content.model_dump_json(indent=2) + "\n")
 
 
 @contextmanager

@@ -27,6 +27,10 @@ pub const DEEPSEEK: [&str; 3] = [
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 ];
 
+/// The regexes that one `Split` of a `tokenizer.json` may have, by the name of a family of models.
+pub const SPLIT_PATTERNS: [(&str, &str); 5] =
+    [("gpt2", GPT2), ("llama3", LLAMA3), ("qwen2", QWEN), ("o200k", O200K), ("tekken", TEKKEN)];
+
 /// How text is cut into pieces.
 #[derive(Debug, Clone)]
 pub enum Splitter {
@@ -87,6 +91,14 @@ pub trait Sink {
 }
 
 impl Splitter {
+    /// Whether all text is in some piece.
+    pub fn keeps_all(&self) -> bool {
+        match self {
+            Self::Whole | Self::Family(_) => true,
+            Self::Steps(steps) => !steps.iter().any(Step::removes),
+        }
+    }
+
     /// Hands every piece of `text` to `sink`, in order.
     pub fn split(&self, text: &str, sink: &mut impl Sink) -> Result<()> {
         match self {

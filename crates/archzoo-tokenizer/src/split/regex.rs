@@ -53,6 +53,15 @@ impl Step {
         Ok(Self::Regex { regex: Box::new(regex), behavior, invert })
     }
 
+    /// Whether some text is dropped.
+    pub fn removes(&self) -> bool {
+        match self {
+            Self::Regex { behavior, .. } | Self::Punctuation(behavior) => *behavior == Behavior::Removed,
+            Self::Blanks => true,
+            Self::Digits { .. } => false,
+        }
+    }
+
     /// Cuts each of `pieces` of `text`.
     pub fn apply(&self, text: &str, pieces: &[Piece]) -> Result<Vec<Piece>> {
         let mut out = Vec::new();

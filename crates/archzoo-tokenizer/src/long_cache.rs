@@ -1,0 +1,142 @@
+//! The ids of pieces seen before, for pieces of any length.
+
+use crate::cache::prefetch;
+
+/// Where a piece's bytes and ids are among all, and its hash; free if it has no bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Slot {
+    hash: u64,
+    text: u32,
+    length: u32,
+    ids: u32,
+    count: u32,
+}
+
+/// Slots, at most, and bytes and ids of all pieces: together about 19 MB.
+const MOST_SLOTS: usize = 1 << 17;
+const MOST_TEXT: usize = 1 << 23;
+const MOST_IDS: usize = 1 << 21;
+
+/// Open addressing, at most half full, emptied when it may not grow.
+pub struct LongCache {
+    slots: Vec<Slot>,
+    used: usize,
+    text: Vec<u8>,
+    ids: Vec<u32>,
+}
+
+impl Default for LongCache {
+    fn default() -> Self {
+        Self { slots: vec![Slot::default(); 1 << 10], used: 0, text: Vec::new(), ids: Vec::new() }
+    }
+}
+
+impl LongCache {
+    /// Starts to load the slot of a hash.
+    #[inline(always)]
+    pub fn prefetch(&self, hash: u64) {
+        prefetch(&self.slots[self.home(hash)]);
+    }
+
+    #[inline(always)]
+    fn home(&self, hash: u64) -> usize {
+        hash as usize & (self.slots.len() - 1)
+    }
+
+    /// The ids of a piece.
+    #[inline]
+    pub fn get(&self, piece: &[u8], hash: u64) -> Option<&[u32]> {
+        let mut at = self.home(hash);
+        loop {
+            let slot = &self.slots[at];
+            if slot.length == 0 {
+                return None;
+            }
+            if slot.hash == hash && slot.length as usize == piece.len() {
+                let text = slot.text as usize;
+                if self.text[text..text + piece.len()] == *piece {
+                    let ids = slot.ids as usize;
+                    return Some(&self.ids[ids..ids + slot.count as usize]);
+                }
+            }
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+    }
+
+    /// Keeps the ids of a piece that is not there, unless it is too long.
+    pub fn insert(&mut self, piece: &[u8], hash: u64, ids: &[u32]) {
+        if piece.is_empty() || piece.len() > MOST_TEXT / 4 || ids.len() > MOST_IDS / 2 {
+            return;
+        }
+        if self.text.len() + piece.len() > MOST_TEXT || self.ids.len() + ids.len() > MOST_IDS {
+            self.clear();
+        }
+        if 2 * (self.used + 1) > self.slots.len() {
+            self.make_room();
+        }
+        let slot = Slot {
+            hash,
+            text: self.text.len() as u32,
+            length: piece.len() as u32,
+            ids: self.ids.len() as u32,
+            count: ids.len() as u32,
+        };
+        self.text.extend_from_slice(piece);
+        self.ids.extend_from_slice(ids);
+        self.place(slot);
+        self.used += 1;
+    }
+
+    fn clear(&mut self) {
+        self.slots.fill(Slot::default());
+        self.text.clear();
+        self.ids.clear();
+        self.used = 0;
+    }
+
+    fn place(&mut self, slot: Slot) {
+        let mut at = self.home(slot.hash);
+        while self.slots[at].length != 0 {
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+        self.slots[at] = slot;
+    }
+
+    #[cold]
+    fn make_room(&mut self) {
+        if self.slots.len() >= MOST_SLOTS {
+            self.clear();
+            return;
+        }
+        let larger = vec![Slot::default(); self.slots.len() * 4];
+        for slot in std::mem::replace(&mut self.slots, larger) {
+            if slot.length != 0 {
+                self.place(slot);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_hashes_and_a_full_cache() {
+        let mut cache = LongCache::default();
+        for i in 0..300_000u32 {
+            let piece = [&i.to_le_bytes()[..], &[7; 40]].concat();
+            // Many pieces share a hash.
+            let hash = u64::from(i / 3).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            assert!(cache.get(&piece, hash).is_none());
+            let ids: Vec<u32> = (i..i + i % 20).collect();
+            cache.insert(&piece, hash, &ids);
+            assert_eq!(cache.get(&piece, hash), Some(&ids[..]));
+            assert!(cache.text.len() <= MOST_TEXT && cache.ids.len() <= MOST_IDS);
+            assert!(cache.slots.len() <= MOST_SLOTS);
+        }
+        let giant = vec![1; MOST_TEXT];
+        cache.insert(&giant, 5, &[1]);
+        assert!(cache.get(&giant, 5).is_none());
+    }
+}

@@ -1,0 +1,274 @@
+//! The longest token that a text starts with, by a double-array trie.
+
+use rayon::prelude::*;
+
+use crate::cache_file::{Reader, Table, Writer};
+
+/// A slot per node: its label (a byte, and a bit that says the slot is taken), the base of its children, and one
+/// more than its token's id. The child for a byte is at the base xor the byte; no two nodes share a base.
+#[derive(Debug, Clone)]
+pub struct Trie {
+    slots: Vec<u64>,
+    root: u32,
+}
+
+const LABEL_BITS: u32 = 9;
+const TAKEN: u64 = 1 << 8;
+const BASE_BITS: u32 = 32;
+const TOKEN_SHIFT: u32 = LABEL_BITS + BASE_BITS;
+/// Slots of a block: the children of a node are in one.
+const BLOCK: usize = 256;
+/// Blocks that are searched for room.
+const OPEN: usize = 4;
+/// A block with fewer free slots is done: what fits is long to find.
+const FEW: usize = 24;
+
+impl Trie {
+    /// A trie of tokens, no two alike and none empty, each with its id. Also calls `shorter` with each token that
+    /// starts with others and the longest of those.
+    pub fn new(tokens: &[(&[u8], u32)], mut shorter: impl FnMut(u32, u32)) -> Self {
+        let mut order: Vec<(u64, u32)> =
+            tokens.iter().zip(0..).map(|((token, _), i)| (first_bytes(token), i)).collect();
+        let bytes = |i: u32| tokens[i as usize].0;
+        order.par_sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| bytes(a.1).cmp(bytes(b.1))));
+        // Block 0 stays empty: it has the children of leaves.
+        let mut builder =
+            Builder { slots: vec![0; BLOCK], blocks: vec![Room::FULL], open: Vec::new(), labels: Vec::new() };
+        let mut root = 0;
+        let mut nodes = vec![Node { first: 0, last: order.len(), depth: 0, slot: None, above: None }];
+        let mut children: Vec<(u8, usize, usize)> = Vec::new();
+        while let Some(Node { first, last, depth, slot, above }) = nodes.pop() {
+            let (mut start, mut above) = (first, above);
+            let mut token = None;
+            if first < last && bytes(order[first].1).len() == depth {
+                let id = tokens[order[first].1 as usize].1;
+                if let Some(above) = above {
+                    shorter(id, above);
+                }
+                (token, above) = (Some(id), Some(id));
+                start += 1;
+            }
+            children.clear();
+            while start < last {
+                let byte = bytes(order[start].1)[depth];
+                let has_byte = |&(_, i): &(u64, u32)| bytes(i)[depth] == byte;
+                // Most nodes have one child.
+                let is_only = has_byte(&order[last - 1]);
+                let end = if is_only { last } else { start + order[start..last].partition_point(has_byte) };
+                children.push((byte, start, end));
+                start = end;
+            }
+            let base = if children.is_empty() { 0 } else { builder.place(&children) };
+            match slot {
+                Some(slot) => {
+                    let slot: &mut u64 = &mut builder.slots[slot];
+                    *slot |=
+                        (base as u64) << LABEL_BITS | token.map_or(0, |id| u64::from(id) + 1) << TOKEN_SHIFT;
+                }
+                None => root = base as u32,
+            }
+            for &(byte, first, last) in &children {
+                let slot = base ^ usize::from(byte);
+                builder.slots[slot] = TAKEN | u64::from(byte);
+                nodes.push(Node { first, last, depth: depth + 1, slot: Some(slot), above });
+            }
+        }
+        Self { slots: builder.slots, root }
+    }
+
+    /// The longest token that `text` starts with, and its length; 0 for none.
+    #[inline(always)]
+    pub fn longest(&self, text: &[u8]) -> (u32, usize) {
+        let mut base = self.root;
+        let (mut token, mut length) = (0, 0);
+        for (i, &byte) in text.iter().enumerate() {
+            let slot = self.slots[(base ^ u32::from(byte)) as usize];
+            if slot & ((1 << LABEL_BITS) - 1) != TAKEN | u64::from(byte) {
+                break;
+            }
+            let id = (slot >> TOKEN_SHIFT) as u32;
+            if id > 0 {
+                (token, length) = (id - 1, i + 1);
+            }
+            base = (slot >> LABEL_BITS) as u32;
+        }
+        (token, length)
+    }
+}
+
+impl Table for Trie {
+    fn write(&self, out: &mut Writer) {
+        out.longs(&self.slots);
+        out.words(&[self.root]);
+    }
+
+    fn read(from: &mut Reader) -> Option<Self> {
+        let slots = from.longs()?;
+        let [root] = from.words()?[..] else { return None };
+        let last = |base: u32| base as usize | (BLOCK - 1);
+        let all_there = slots.iter().all(|&slot| last((slot >> LABEL_BITS) as u32) < slots.len());
+        (all_there && last(root) < slots.len()).then_some(Self { slots, root })
+    }
+}
+
+struct Node {
+    /// Its tokens, in order.
+    first: usize,
+    last: usize,
+    depth: usize,
+    /// None for the root.
+    slot: Option<usize>,
+    /// The longest token above it.
+    above: Option<u32>,
+}
+
+/// Bytes in the order of their comparison.
+fn first_bytes(token: &[u8]) -> u64 {
+    let mut padded = [0; 8];
+    let length = token.len().min(8);
+    padded[..length].copy_from_slice(&token[..length]);
+    u64::from_be_bytes(padded)
+}
+
+/// Free slots and free bases of a block, a bit each.
+#[derive(Clone, Copy)]
+struct Room {
+    slots: [u64; 4],
+    bases: [u64; 4],
+}
+
+impl Room {
+    const FULL: Self = Self { slots: [0; 4], bases: [0; 4] };
+    const EMPTY: Self = Self { slots: [u64::MAX; 4], bases: [u64::MAX; 4] };
+
+    /// Number of free slots.
+    fn free(&self) -> usize {
+        self.slots.iter().map(|w| w.count_ones() as usize).sum()
+    }
+
+    /// A base whose slots for all labels are free.
+    fn base(&self, labels: &[u8]) -> Option<usize> {
+        if let [label] = labels {
+            return self.base_of_one(*label);
+        }
+        if self.free() < labels.len() {
+            return None;
+        }
+        let mut fit = self.bases;
+        for &label in labels {
+            let free = permuted(self.slots, label);
+            for (fit, free) in fit.iter_mut().zip(free) {
+                *fit &= free;
+            }
+        }
+        bits(fit).next()
+    }
+
+    fn base_of_one(&self, label: u8) -> Option<usize> {
+        let free = |&base: &usize| self.bases[base / 64] >> (base % 64) & 1 == 1;
+        bits(self.slots).map(|slot| slot ^ usize::from(label)).find(free)
+    }
+}
+
+/// The places of bits that are set.
+fn bits(words: [u64; 4]) -> impl Iterator<Item = usize> {
+    words.into_iter().enumerate().flat_map(|(i, word)| {
+        std::iter::successors(Some(word), |w| Some(w & w.wrapping_sub(1)))
+            .take_while(|&w| w != 0)
+            .map(move |w| 64 * i + w.trailing_zeros() as usize)
+    })
+}
+
+/// Bit i of the result is bit `i ^ label`.
+fn permuted(bits: [u64; 4], label: u8) -> [u64; 4] {
+    const MASKS: [u64; 6] = [
+        0x5555_5555_5555_5555,
+        0x3333_3333_3333_3333,
+        0x0f0f_0f0f_0f0f_0f0f,
+        0x00ff_00ff_00ff_00ff,
+        0x0000_ffff_0000_ffff,
+        0x0000_0000_ffff_ffff,
+    ];
+    let mut out = [0; 4];
+    for (i, out) in out.iter_mut().enumerate() {
+        let mut word = bits[i ^ usize::from(label >> 6)];
+        for (step, mask) in MASKS.into_iter().enumerate() {
+            if label >> step & 1 == 1 {
+                let shift = 1 << step;
+                word = (word >> shift & mask) | (word & mask) << shift;
+            }
+        }
+        *out = word;
+    }
+    out
+}
+
+struct Builder {
+    slots: Vec<u64>,
+    blocks: Vec<Room>,
+    /// Blocks with room.
+    open: Vec<usize>,
+    /// A buffer.
+    labels: Vec<u8>,
+}
+
+impl Builder {
+    /// A base for these children, whose slots are then taken.
+    fn place(&mut self, children: &[(u8, usize, usize)]) -> usize {
+        self.labels.clear();
+        self.labels.extend(children.iter().map(|&(byte, ..)| byte));
+        let labels = &self.labels;
+        let found = self.open.iter().find_map(|&block| Some((block, self.blocks[block].base(labels)?)));
+        let (block, base) = found.unwrap_or_else(|| {
+            let block = self.blocks.len();
+            self.blocks.push(Room::EMPTY);
+            self.slots.resize(self.slots.len() + BLOCK, 0);
+            if self.open.len() == OPEN {
+                self.open.remove(0);
+            }
+            self.open.push(block);
+            (block, 0)
+        });
+        let room = &mut self.blocks[block];
+        room.bases[base / 64] &= !(1 << (base % 64));
+        for &label in labels {
+            let slot = base ^ usize::from(label);
+            room.slots[slot / 64] &= !(1 << (slot % 64));
+        }
+        if room.free() < FEW {
+            self.open.retain(|&open| open != block);
+        }
+        BLOCK * block + base
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        #[test]
+        fn longest_is_that_of_a_search(
+            tokens in prop::collection::btree_set(prop::collection::vec(prop_oneof![4 => 0..3u8, 1 => any::<u8>()], 1..9), 0..400),
+            text in prop::collection::vec(prop_oneof![4 => 0..3u8, 1 => any::<u8>()], 0..200),
+        ) {
+            let tokens: BTreeSet<Vec<u8>> = tokens;
+            let listed: Vec<(&[u8], u32)> = tokens.iter().rev().map(Vec::as_slice).zip(0..).collect();
+            let search = |text: &[u8], below: usize| {
+                listed.iter().filter(|(t, _)| t.len() < below && text.starts_with(t)).max_by_key(|(t, _)| t.len())
+            };
+            let mut shorter = vec![None; listed.len()];
+            let trie = Trie::new(&listed, |id, other| shorter[id as usize] = Some(other));
+            for start in 0..text.len() {
+                let expected = search(&text[start..], usize::MAX).map_or((0, 0), |(t, id)| (*id, t.len()));
+                prop_assert_eq!(trie.longest(&text[start..]), expected);
+            }
+            for (token, id) in &listed {
+                prop_assert_eq!(trie.longest(token), (*id, token.len()));
+                prop_assert_eq!(shorter[*id as usize], search(token, token.len()).map(|&(_, id)| id));
+            }
+        }
+    }
+}
