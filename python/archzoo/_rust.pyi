@@ -37,6 +37,7 @@ __all__ = [
     "render_chat",
     "rms_norm",
     "rope",
+    "split_patterns",
     "ssd_scan",
     "ssd_step",
     "swiglu",
