@@ -67,7 +67,7 @@ def test_module_equals_that_of_transformers(tokens: Tokens) -> None:
     state = {}
     for name, tensor in ours.state_dict().items():
         if name.startswith("layer."):
-            for key, part, _ in family.regions(f"layers.0.{name.removeprefix('layer.')}", tensor):
+            for key, part, *_ in family.regions(f"layers.0.{name.removeprefix('layer.')}", tensor):
                 state[key.replace("model.layers.0.", "mtp_block.")] = part
         else:
             state["post_norm.weight" if name == "norm.weight" else name] = tensor
