@@ -109,8 +109,8 @@ fn no_tokens() {
     assert_eq!(route(&GOLDEN, Logits::F32(&[]), 0).unwrap(), (vec![], vec![]));
 }
 
-/// One row by the definition, in the kernel's scores: the choice is compared exactly.
-fn naive(config: &Gate, logits: &[f32]) -> (Vec<f64>, Vec<i64>) {
+/// One row by the definition; none if two of the values that it compares are nearly equal, but not equal.
+fn naive(config: &Gate, logits: &[f32]) -> Option<(Vec<f64>, Vec<i64>)> {
     let exp_sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
     let score: Vec<f64> = logits
         .iter()
@@ -136,13 +136,13 @@ fn naive(config: &Gate, logits: &[f32]) -> (Vec<f64>, Vec<i64>) {
             }
         })
         .collect();
-    let kept = stable_top_k(&group_score, config.top_groups);
+    let kept = stable_top_k(&group_score, config.top_groups)?;
     for (i, choice) in choice.iter_mut().enumerate() {
         if !kept.contains(&(i / size)) {
             *choice = f64::NEG_INFINITY;
         }
     }
-    let ids = stable_top_k(&choice, config.top_k);
+    let ids = stable_top_k(&choice, config.top_k)?;
     let mut weights: Vec<f64> = ids.iter().map(|&i| score[i]).collect();
     if config.score == Score::SoftmaxTopK {
         let sum: f64 = weights.iter().map(|w| w.exp()).sum();
@@ -153,19 +153,21 @@ fn naive(config: &Gate, logits: &[f32]) -> (Vec<f64>, Vec<i64>) {
         weights.iter_mut().for_each(|w| *w /= sum);
     }
     weights.iter_mut().for_each(|w| *w *= f64::from(config.scale));
-    (weights, ids.into_iter().map(|i| i as i64).collect())
+    Some((weights, ids.into_iter().map(|i| i as i64).collect()))
 }
 
-fn stable_top_k(values: &[f64], k: usize) -> Vec<usize> {
-    // Values that differ by rounding alone are ties of the definition.
-    let rounded: Vec<i64> = values
-        .iter()
-        .map(|&v| if v == f64::NEG_INFINITY { i64::MIN } else { (v * 2e5).round() as i64 })
-        .collect();
+fn stable_top_k(values: &[f64], k: usize) -> Option<Vec<usize>> {
+    // A tie in f64 may differ by its rounding; what the kernel computes in f32 is off by up to `NEAR`.
+    const TIE: f64 = 1e-12;
+    const NEAR: f64 = 2e-6;
     let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(rounded[i]));
+    order.sort_by_key(|&i| std::cmp::Reverse((values[i] / TIE).round() as i64));
+    let gaps = order.windows(2).map(|pair| values[pair[0]] - values[pair[1]]);
+    if gaps.into_iter().any(|gap| gap > 10.0 * TIE && gap < NEAR) {
+        return None;
+    }
     order.truncate(k);
-    order
+    Some(order)
 }
 
 proptest! {
@@ -180,7 +182,7 @@ proptest! {
         score in prop_oneof![Just(Score::Softmax), Just(Score::Sigmoid), Just(Score::SoftmaxTopK)],
         group_score in prop_oneof![Just(GroupScore::Top2Sum), Just(GroupScore::Max)],
         (renormalize, biased, format) in any::<(bool, bool, bool)>(),
-        // Multiples of 1/8: many exact ties, and no near ones.
+        // Multiples of 1/8: many exact ties, and few near ones.
         values in prop::collection::vec(-24i8..24, 800),
         biases in prop::collection::vec(-3i8..3, 400),
     ) {
@@ -205,7 +207,7 @@ proptest! {
             prop_assert_eq!(&w, &weights, "weights on {:?}", set);
         }
         for (token, row) in logits.chunks(experts).enumerate() {
-            let (expected_weights, expected_ids) = naive(&config, row);
+            let Some((expected_weights, expected_ids)) = naive(&config, row) else { continue };
             let range = token * top_k..(token + 1) * top_k;
             prop_assert_eq!(&ids[range.clone()], &expected_ids[..]);
             for (&weight, &expected) in weights[range].iter().zip(&expected_weights) {
