@@ -108,7 +108,7 @@ impl LongCache {
             self.clear();
             return;
         }
-        let larger = vec![Slot::default(); self.slots.len() * 4];
+        let larger = vec![Slot::default(); (self.slots.len() * 4).min(MOST_SLOTS)];
         for slot in std::mem::replace(&mut self.slots, larger) {
             if slot.length != 0 {
                 self.place(slot);
