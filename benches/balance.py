@@ -10,12 +10,11 @@ text) to benches/results/local.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 
-from harness import CONSOLE, RESULTS, machine  # isort: skip
+from harness import CONSOLE, write_results  # isort: skip
 import numpy as np
 import torch
 from rich.table import Table
@@ -122,10 +121,7 @@ def main() -> None:
             f"{r['seconds']:.0f}",
         )
     CONSOLE.print(table)
-    folder = RESULTS / "local"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "steps": steps, "variants": results}
-    (folder / "balance.json").write_text(json.dumps(content, indent=1) + "\n")
+    folder = write_results("balance", {"steps": steps, "variants": results})
     smooth = {name: [float(np.mean(r["violation"][max(0, i - 9) : i + 1])) for i in range(steps)]
               for name, r in results.items()}  # fmt: skip
     plot_lines(

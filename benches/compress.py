@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import random
 import statistics
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from harness import CONSOLE, RESULTS, machine  # isort: skip
+from harness import CONSOLE, write_results  # isort: skip
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -246,10 +245,7 @@ def main() -> None:
     notes = loads(tensors, args.rounds, args.folder)
     for key, value in notes.items():
         CONSOLE.print(f"{key}: {value:.3g}")
-    folder = RESULTS / "local"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "cells": [asdict(cell) for cell in cells], "notes": notes}
-    (folder / f"compress-{args.threads}.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_results(f"compress-{args.threads}", {"cells": [asdict(cell) for cell in cells], "notes": notes})
 
 
 if __name__ == "__main__":

@@ -122,11 +122,16 @@ def report(name: str, rows: list[Row], notes: dict[str, float]) -> None:
     CONSOLE.print(table)
     for key, value in notes.items():
         CONSOLE.print(f"{key}: {value:.4g}")
+    folder = write_results(name, {"rows": [asdict(row) for row in rows], "notes": notes})
+    _plot(folder / f"{name}.png", name, rows)
+
+
+def write_results(name: str, content: dict[str, object]) -> Path:
+    """Write benches/results/local/<name>.json with what the figures were taken on; the folder."""
     folder = RESULTS / "local"
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "rows": [asdict(row) for row in rows], "notes": notes}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    _plot(folder / f"{name}.png", name, rows)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
+    return folder
 
 
 def _plot(path: Path, title: str, rows: list[Row]) -> None:
