@@ -229,6 +229,11 @@ def test_dfloat11_folders(tmp_path: Path) -> None:
     reader, name = checkpoint.open(tmp_path / "plain"), "model.layers.1.mlp.down_proj.weight"
     assert same_bits(reader.read(name, slice(2, 5), slice(1, 3)), tensors[name][2:5, 1:3].contiguous())
 
+    checkpoint.save(checkpoint.copied(checkpoint.open(tmp_path / "plain")), tmp_path / "again")
+    copied_config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert copied_config == {k: v for k, v in config.items() if k != "dfloat11_config"}
+    assert all(same_bits(t, tensors[n]) for n, t in checkpoint.load(tmp_path / "again").items())
+
     # The public encoder does not write shapes: the model has them.
     del config["dfloat11_config"]["shapes"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
