@@ -45,7 +45,11 @@ pub fn hash(key: &Key) -> u64 {
 /// A key, then four ids, two in a word.
 type Slot = [u64; 4];
 /// Slots that are compared together: a cache line.
-type Pair = [Slot; 2];
+#[repr(align(64))]
+#[derive(Clone, Copy)]
+struct Pair([Slot; 2]);
+
+const FREE: Pair = Pair([[0; 4]; 2]);
 
 /// Open addressing, at most half full, emptied when it may not grow.
 pub struct Cache {
@@ -58,7 +62,7 @@ pub struct Cache {
 impl Cache {
     /// An empty cache that grows to `most_slots`, a power of two.
     pub fn new(most_slots: usize) -> Self {
-        let pairs = vec![[[0; 4]; 2]; most_slots.min(1 << 13) / 2];
+        let pairs = vec![FREE; most_slots.min(1 << 13) / 2];
         Self { pairs, used: 0, most_slots, beside: Vec::new() }
     }
 
@@ -78,7 +82,7 @@ impl Cache {
     pub fn append(&self, key: &Key, hash: u64, out: &mut Vec<u32>) -> bool {
         let mut at = self.home(hash);
         loop {
-            let pair = &self.pairs[at];
+            let Pair(pair) = &self.pairs[at];
             // Which of the two it is follows no pattern that a processor could foresee.
             let slot = &pair[usize::from(pair[1][0] == key[0] && pair[1][1] == key[1])];
             if slot[..2] == *key {
@@ -120,7 +124,7 @@ impl Cache {
     fn place(&mut self, slot: Slot, hash: u64) {
         let mut at = self.home(hash);
         loop {
-            if let Some(free) = self.pairs[at].iter_mut().find(|slot| slot[1] == 0) {
+            if let Some(free) = self.pairs[at].0.iter_mut().find(|slot| slot[1] == 0) {
                 *free = slot;
                 return;
             }
@@ -131,16 +135,15 @@ impl Cache {
     #[cold]
     fn make_room(&mut self) {
         if 2 * self.pairs.len() >= self.most_slots || self.beside.len() > MOST_BESIDE / 2 {
-            self.pairs.fill([[0; 4]; 2]);
+            self.pairs.fill(FREE);
             self.beside.clear();
             self.used = 0;
             return;
         }
-        let larger = vec![[[0; 4]; 2]; (self.pairs.len() * 4).min(self.most_slots / 2)];
-        for slot in std::mem::replace(&mut self.pairs, larger).into_flattened() {
-            if slot[1] != 0 {
-                let hash = hash(&[slot[0], slot[1]]);
-                self.place(slot, hash);
+        let larger = vec![FREE; (self.pairs.len() * 4).min(self.most_slots / 2)];
+        for Pair(pair) in std::mem::replace(&mut self.pairs, larger) {
+            for slot in pair.into_iter().filter(|slot| slot[1] != 0) {
+                self.place(slot, hash(&[slot[0], slot[1]]));
             }
         }
     }

@@ -47,7 +47,7 @@ fn numbers(table: &Table, text: &[u8], mut at: usize, most: usize) -> usize {
 
 /// Length of `'s 't 'm 'd 're 've 'll` at `at`, the apostrophe included; 0 for none.
 #[inline(always)]
-fn contraction<const ANY_CASE: bool>(text: &[u8], at: usize) -> usize {
+pub fn contraction<const ANY_CASE: bool>(text: &[u8], at: usize) -> usize {
     let byte = |i: usize| text.get(at + i).map_or(0, |b| if ANY_CASE { b | 0x20 } else { *b });
     if text.get(at) != Some(&b'\'') {
         return 0;
@@ -63,7 +63,7 @@ fn contraction<const ANY_CASE: bool>(text: &[u8], at: usize) -> usize {
 
 /// How white space at the end of the text is cut.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Blanks {
+pub enum Blanks {
     /// `\s+(?!\S)|\s+`
     Plain,
     /// `\s*[\r\n]+|\s+(?!\S)|\s+`

@@ -3,8 +3,10 @@
 mod families;
 pub mod regex;
 mod scan;
+#[cfg(target_arch = "x86_64")]
+mod window;
 
-use crate::classes;
+use crate::classes::{self, Table};
 use crate::error::Result;
 use regex::Step;
 
@@ -82,7 +84,7 @@ impl Family {
 pub type Piece = (usize, usize);
 
 /// Pieces handed over together, so that work on one hides waiting for another.
-pub const BATCH: usize = 64;
+pub const BATCH: usize = 128;
 
 /// Consumer of the pieces of a text.
 pub trait Sink {
@@ -117,35 +119,95 @@ impl Splitter {
     }
 }
 
-fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
-    let unicode = classes::unicode();
-    macro_rules! run {
-        ($table:expr, $next:expr) => {{
-            let mut at = 0;
-            let mut batch = [(0, 0); BATCH];
-            while at < text.len() {
-                let mut count = 0;
-                while count < BATCH && at < text.len() {
-                    let end = $next($table, text, at);
-                    batch[count] = (at, end);
+/// Where a piece ends, by the place where it starts.
+trait Next: Fn(&Table, &[u8], usize) -> usize {}
+impl<F: Fn(&Table, &[u8], usize) -> usize> Next for F {}
+
+/// Hands pieces over one by one.
+#[inline(always)]
+fn split_by(table: &Table, text: &[u8], sink: &mut impl Sink, next: impl Next) -> Result<()> {
+    let mut at = 0;
+    let mut batch = [(0, 0); BATCH];
+    while at < text.len() {
+        let mut count = 0;
+        while count < BATCH && at < text.len() {
+            let end = next(table, text, at);
+            batch[count] = (at, end);
+            count += 1;
+            at = end;
+        }
+        sink.take(text, &batch[..count])?;
+    }
+    Ok(())
+}
+
+/// Hands over all pieces of a window at once, and where there is none, or no start in it, some of them by `next`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn split_windows(
+    table: &Table,
+    text: &[u8],
+    sink: &mut impl Sink,
+    starts: impl Fn(&Table, &[u8], usize) -> Option<u64>,
+    next: impl Next,
+) -> Result<()> {
+    /// Pieces found one by one before a window is tried again.
+    const SOME: usize = 8;
+
+    let mut at = 0;
+    let mut batch = [(0, 0); BATCH];
+    while at < text.len() {
+        let mut count = 0;
+        while count + window::WIDTH <= BATCH && at < text.len() {
+            let base = at;
+            let mut ends = starts(table, text, base).unwrap_or(0) & !1;
+            if ends == 0 {
+                for place in &mut batch[count..count + SOME] {
+                    if at == text.len() {
+                        break;
+                    }
+                    let end = next(table, text, at);
+                    *place = (at, end);
                     count += 1;
                     at = end;
                 }
-                sink.take(text, &batch[..count])?;
             }
-        }};
-    }
-    match family {
-        Family::Gpt2 => run!(unicode, families::gpt2::<false>),
-        Family::Gpt2Digit => run!(unicode, families::gpt2::<true>),
-        Family::Llama3 => run!(unicode, families::cl100k::<3, false>),
-        Family::Qwen => run!(unicode, families::cl100k::<1, false>),
-        Family::Cl100k => run!(unicode, families::cl100k::<3, true>),
-        Family::O200k => run!(unicode, families::o200k::<3, true>),
-        Family::Tekken => run!(unicode, families::o200k::<1, false>),
-        Family::DeepSeek => run!(classes::deepseek(), families::deepseek),
+            while ends != 0 {
+                let end = base + ends.trailing_zeros() as usize;
+                batch[count] = (at, end);
+                count += 1;
+                at = end;
+                ends &= ends - 1;
+            }
+        }
+        sink.take(text, &batch[..count])?;
     }
     Ok(())
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn split_windows(table: &Table, text: &[u8], sink: &mut impl Sink, _: (), next: impl Next) -> Result<()> {
+    split_by(table, text, sink, next)
+}
+
+fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
+    let unicode = classes::unicode();
+    match family {
+        Family::Gpt2 => split_windows(unicode, text, sink, window::gpt2::<false>, families::gpt2::<false>),
+        Family::Gpt2Digit => split_windows(unicode, text, sink, window::gpt2::<true>, families::gpt2::<true>),
+        Family::Llama3 => {
+            split_windows(unicode, text, sink, window::cl100k::<3>, families::cl100k::<3, false>)
+        }
+        Family::Qwen => split_windows(unicode, text, sink, window::cl100k::<1>, families::cl100k::<1, false>),
+        Family::Cl100k => {
+            split_windows(unicode, text, sink, window::cl100k::<3>, families::cl100k::<3, true>)
+        }
+        Family::O200k => split_by(unicode, text, sink, families::o200k::<3, true>),
+        Family::Tekken => split_by(unicode, text, sink, families::o200k::<1, false>),
+        Family::DeepSeek => {
+            split_windows(classes::deepseek(), text, sink, window::deepseek, families::deepseek)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -251,15 +313,19 @@ mod tests {
         }
     }
 
-    /// Mostly characters that decide something.
+    /// Mostly characters that decide something, some of them several times.
     fn hostile() -> impl Strategy<Value = String> {
         let few = prop::sample::select(
             "aAbzZsStTmdrRevElLſK019½٣一龥あア・゛\u{3040}ㄱ日éÉßǅʰ\u{301}\u{fe0f}\u{200d}👍🏽🇩.,'’\"/-_<|>$€©! \t\r\n\u{a0}\u{2028}\u{3000}\0\u{7f}\u{85}\u{ad}\u{e000}\u{378}\u{10ffff}"
                 .chars()
                 .collect::<Vec<_>>(),
         );
-        prop::collection::vec(prop_oneof![12 => few, 1 => any::<char>()], 0..24)
-            .prop_map(|chars| chars.into_iter().collect())
+        let count = prop_oneof![6 => Just(1), 2 => 2..5usize, 1 => 5..70usize];
+        let run = (prop_oneof![12 => few, 1 => any::<char>()], count);
+        // Within one window, and over several.
+        let vec = prop::collection::vec;
+        prop_oneof![vec(run.clone(), 0..24), vec(run, 40..150)]
+            .prop_map(|runs| runs.into_iter().flat_map(|(c, count)| std::iter::repeat_n(c, count)).collect())
     }
 
     proptest! {

@@ -1,0 +1,316 @@
+//! Where pieces start in the next 64 bytes: a bit for each byte and class, and arithmetic on them in place of branches.
+//!
+//! A window begins where a piece starts, so that nothing before it matters. What lies behind it may move only starts
+//! that are not told: those in white space that reaches its end.
+
+use std::arch::x86_64::{
+    __m128i, _mm_add_epi8, _mm_and_si128, _mm_cmpeq_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_movemask_epi8,
+    _mm_or_si128, _mm_set1_epi8,
+};
+
+use crate::classes::{LETTER, LOWER, MARK, NEWLINE, NUMBER, SPACE, SYMBOL, Table, UPPER, decode};
+use crate::split::families::{Blanks, contraction};
+
+/// Bytes of a window.
+pub const WIDTH: usize = 64;
+
+/// The bytes of each class, as bits; all bytes of a character have its class.
+struct Window<'a> {
+    text: &'a [u8],
+    at: usize,
+    letter: u64,
+    number: u64,
+    space: u64,
+    newline: u64,
+    symbol: u64,
+    mark: u64,
+    upper: u64,
+    lower: u64,
+    /// `' '`
+    blank: u64,
+    /// Bytes of characters of several bytes, and those that are not their first.
+    wide: u64,
+    tail: u64,
+}
+
+/// A bit for each byte of which `is_in` makes all bits one.
+#[inline(always)]
+fn mask(text: &[u8; WIDTH], is_in: impl Fn(__m128i) -> __m128i) -> u64 {
+    let (blocks, _) = text.as_chunks::<16>();
+    let mask = |i: usize| {
+        // SAFETY: SSE2 is part of x86-64 and the load is of 16 bytes that are there.
+        unsafe { u64::from(_mm_movemask_epi8(is_in(_mm_loadu_si128(blocks[i].as_ptr().cast()))) as u16) }
+    };
+    mask(0) | mask(1) << 16 | mask(2) << 32 | mask(3) << 48
+}
+
+#[inline(always)]
+fn is(bytes: __m128i, byte: u8) -> __m128i {
+    // SAFETY: SSE2 is part of x86-64.
+    unsafe { _mm_cmpeq_epi8(bytes, _mm_set1_epi8(byte as i8)) }
+}
+
+/// Of ASCII.
+#[inline(always)]
+fn is_between(bytes: __m128i, first: u8, last: u8) -> __m128i {
+    // SAFETY: SSE2 is part of x86-64. The range is moved to the least signed bytes.
+    unsafe {
+        let moved = _mm_add_epi8(bytes, _mm_set1_epi8(0x80u8.wrapping_sub(first) as i8));
+        _mm_cmplt_epi8(moved, _mm_set1_epi8(0x80u8.wrapping_add(last - first + 1) as i8))
+    }
+}
+
+#[inline(always)]
+fn either(a: __m128i, b: __m128i) -> __m128i {
+    // SAFETY: SSE2 is part of x86-64.
+    unsafe { _mm_or_si128(a, b) }
+}
+
+impl<'a> Window<'a> {
+    /// The window at `at`; none if fewer than [`WIDTH`] bytes are left.
+    #[inline(always)]
+    fn new(table: &Table, text: &'a [u8], at: usize) -> Option<Self> {
+        let bytes = text[at..].first_chunk()?;
+        // SAFETY: SSE2 is part of x86-64.
+        let lowered = |b| unsafe { _mm_or_si128(b, _mm_set1_epi8(0x20)) };
+        let newline = mask(bytes, |b| either(is(b, b'\n'), is(b, b'\r')));
+        let blank = mask(bytes, |b| is(b, b' '));
+        let letter = mask(bytes, |b| is_between(lowered(b), b'a', b'z'));
+        let upper = mask(bytes, |b| is_between(b, b'A', b'Z'));
+        let number = mask(bytes, |b| is_between(b, b'0', b'9'));
+        let mut window = Self {
+            text,
+            at,
+            letter,
+            number,
+            space: blank | mask(bytes, |b| is_between(b, b'\t', b'\r')),
+            newline,
+            symbol: mask(bytes, |b| is_between(b, b'!', b'~')) & !letter & !number,
+            mark: 0,
+            upper,
+            lower: letter & !upper,
+            blank,
+            wide: mask(bytes, |b| b),
+            // SAFETY: SSE2 is part of x86-64.
+            tail: mask(bytes, |b| unsafe { _mm_and_si128(b, _mm_cmplt_epi8(b, _mm_set1_epi8(-64))) }),
+        };
+        let mut leads = window.wide & !window.tail;
+        while leads != 0 {
+            let i = leads.trailing_zeros() as usize;
+            leads &= leads - 1;
+            let (c, length) = decode(text, at + i);
+            let class = table[c];
+            let bytes = ((1 << length) - 1) << i;
+            let of = |bit: u8| if class & bit != 0 { bytes } else { 0 };
+            window.letter |= of(LETTER);
+            window.number |= of(NUMBER);
+            window.space |= of(SPACE);
+            window.newline |= of(NEWLINE);
+            window.symbol |= of(SYMBOL);
+            window.mark |= of(MARK);
+            window.upper |= of(UPPER);
+            window.lower |= of(LOWER);
+        }
+        Some(window)
+    }
+
+    /// Neither letter nor number nor white space.
+    #[inline(always)]
+    fn other(&self) -> u64 {
+        !(self.letter | self.number | self.space)
+    }
+
+    /// `characters`, which are first bytes, with their other bytes.
+    #[inline(always)]
+    fn whole(&self, characters: u64) -> u64 {
+        let two = characters | characters << 1 & self.tail;
+        two | two << 1 & self.tail | two << 2 & self.tail & self.tail << 1
+    }
+
+    /// Starts of the pieces of `\p{N}{1,most}`; none for numbers that are not ASCII.
+    #[inline(always)]
+    fn numbers(&self, most: usize) -> Option<u64> {
+        let numbers = self.number;
+        if numbers & self.wide != 0 {
+            return None;
+        }
+        if most == 1 {
+            return Some(numbers);
+        }
+        let mut starts = first(numbers);
+        let after = numbers & numbers << 1 & numbers << 2 & numbers << 3;
+        loop {
+            let more = starts << 3 & after & !starts;
+            if more == 0 {
+                return Some(starts);
+            }
+            starts |= more;
+        }
+    }
+
+    /// Starts of pieces in white space, of which `space` is left. `bound` bytes count as the end of the text.
+    #[inline(always)]
+    fn blanks(&self, space: u64, how: Blanks, bound: u64) -> u64 {
+        let mut starts = first(space);
+        let mut more = space & space << 1;
+        while more != 0 {
+            let start = more.trailing_zeros() - 1;
+            let length = (!(space >> start)).trailing_zeros();
+            let end = start + length;
+            if end >= WIDTH as u32 {
+                break;
+            }
+            more &= !0 << end;
+            let run = ((1 << length) - 1) << start;
+            let mut left = run & !self.tail;
+            if how != Blanks::Plain {
+                let newlines = run & self.newline;
+                if newlines != 0 {
+                    let after = 64 - newlines.leading_zeros();
+                    left &= !0 << after;
+                    starts |= 1 << after & run;
+                }
+            }
+            if left != 0 && bound >> end & 1 == 0 {
+                starts |= 1 << (63 - left.leading_zeros());
+            }
+        }
+        starts
+    }
+}
+
+/// None behind the window.
+#[inline(always)]
+fn bit(i: usize) -> u64 {
+    1u64.checked_shl(i as u32).unwrap_or(0)
+}
+
+/// The first bit of each run.
+#[inline(always)]
+fn first(run: u64) -> u64 {
+    run & !(run << 1)
+}
+
+/// The runs of bits that begin with `starts`.
+#[inline(always)]
+fn runs_from(starts: u64, runs: u64) -> u64 {
+    (starts.wrapping_add(runs) ^ runs) & runs | starts
+}
+
+/// A bit for each place in the window where a piece of [`families::gpt2`](crate::split::families::gpt2) starts.
+#[inline(always)]
+pub fn gpt2<const DIGIT: bool>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
+    let w = Window::new(table, text, at)?;
+    let after_blank = w.blank << 1;
+    let other = w.other();
+    let others = first(other) & !after_blank;
+    let (numbers, bound) =
+        if DIGIT { (w.numbers(1)?, w.number) } else { (first(w.number) & !after_blank, 0) };
+    let mut starts =
+        first(w.letter) & !after_blank | others | numbers | w.blanks(w.space, Blanks::Plain, bound);
+    let mut quotes = others & w.letter >> 1 & mask_of(&w, b'\'');
+    while quotes != 0 {
+        let i = quotes.trailing_zeros() as usize;
+        quotes &= quotes - 1;
+        let length = contraction::<false>(text, at + i);
+        if length > 0 {
+            starts &= !(1 << (i + 1));
+            starts |= bit(i + length) & w.letter & !w.tail;
+        }
+    }
+    Some(starts)
+}
+
+#[inline(always)]
+fn mask_of(w: &Window, byte: u8) -> u64 {
+    w.text[w.at..].first_chunk().map_or(0, |bytes| mask(bytes, |b| is(b, byte)))
+}
+
+/// The same for [`families::cl100k`](crate::split::families::cl100k), with or without its end.
+#[inline(always)]
+pub fn cl100k<const DIGITS: usize>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
+    let w = Window::new(table, text, at)?;
+    let other = w.other();
+    let others = first(other) & !(w.blank << 1);
+    let ended = runs_from(w.newline & other << 1, w.newline);
+    // A character that a word may begin with: white space, and another that stands alone.
+    let glued = (w.whole(others) | w.space & !w.newline) << 1;
+    let mut starts =
+        first(w.letter) & !glued | others | w.numbers(DIGITS)? | w.blanks(w.space & !ended, Blanks::Lines, 0);
+    let mut quotes = others & w.letter >> 1 & mask_of(&w, b'\'');
+    while quotes != 0 {
+        let i = quotes.trailing_zeros() as usize;
+        quotes &= quotes - 1;
+        let length = contraction::<true>(text, at + i);
+        if length > 0 {
+            starts |= bit(i + length) & w.letter & !w.tail;
+        }
+    }
+    Some(starts)
+}
+
+/// The same for [`families::deepseek`](crate::split::families::deepseek).
+#[inline(always)]
+pub fn deepseek(table: &Table, text: &[u8], at: usize) -> Option<u64> {
+    let w = Window::new(table, text, at)?;
+    // Case is not in this table, and ASCII has none of these.
+    let (cjk_word, cjk_symbol) = (w.upper & w.wide, w.lower & w.wide);
+    let word = w.letter | w.mark;
+    let known = word | w.number | w.space | w.symbol | cjk_word | cjk_symbol;
+    if known != !0 || cjk_word & cjk_symbol != 0 {
+        return None;
+    }
+    let symbols = first(w.symbol) & !(w.blank << 1);
+    let ended = runs_from(w.newline & w.symbol << 1, w.newline);
+    let prefixed = symbols << 1 & w.letter & !w.wide;
+    let bound = w.number | cjk_word | cjk_symbol;
+    let mut starts = first(word) & !((w.space & !w.newline) << 1) & !prefixed
+        | symbols
+        | w.numbers(3)?
+        | first(cjk_word)
+        | first(cjk_symbol)
+        | w.blanks(w.space & !ended, Blanks::Lines, bound);
+    // What an ASCII symbol is a prefix of is ASCII.
+    let mut ends = runs_from(prefixed, word) & w.wide & !w.tail & (word & !w.wide) << 1;
+    while ends != 0 {
+        let i = ends.trailing_zeros();
+        let start = ends & ends.wrapping_neg();
+        starts |= start;
+        ends &= !runs_from(start, word & !0 << i);
+    }
+    Some(starts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::classes;
+
+    #[test]
+    fn classes_are_those_of_the_table() {
+        let table = classes::unicode();
+        let text: String = (1..0x2100).filter_map(char::from_u32).chain("一あ👍½٣\u{3000}".chars()).collect();
+        let text = text + &"x".repeat(WIDTH);
+        for (at, _) in text.char_indices() {
+            let Some(w) = Window::new(table, text.as_bytes(), at) else { break };
+            for (i, c) in text[at..].char_indices().take_while(|(i, _)| *i < WIDTH) {
+                for (bit, mask) in [
+                    (LETTER, w.letter),
+                    (NUMBER, w.number),
+                    (SPACE, w.space),
+                    (NEWLINE, w.newline),
+                    (SYMBOL, w.symbol),
+                    (MARK, w.mark),
+                    (UPPER, w.upper),
+                    (LOWER, w.lower),
+                ] {
+                    for byte in i..(i + c.len_utf8()).min(WIDTH) {
+                        assert_eq!(mask >> byte & 1 == 1, table[c as usize] & bit != 0, "{c:?}");
+                        assert_eq!(w.tail >> byte & 1 == 1, byte > i);
+                        assert_eq!(w.wide >> byte & 1 == 1, !c.is_ascii());
+                    }
+                }
+            }
+        }
+    }
+}
