@@ -1,5 +1,7 @@
 //! The ids of pieces seen before, for short pieces.
 
+use std::hint::select_unpredictable;
+
 use crate::vocab::fold;
 
 /// Ids kept in a slot; those of a piece with more are kept beside the slots.
@@ -7,7 +9,7 @@ pub const INLINE: usize = 4;
 /// The count of a slot's ids lies above the bits of the first id.
 const COUNT_SHIFT: u32 = 28;
 /// A count that says: the slot has the start and the end of the ids among those beside the slots.
-const MANY: u32 = 15;
+const MANY: u64 = 15;
 /// Ids kept beside the slots, at most.
 const MOST_BESIDE: usize = 1 << 20;
 
@@ -17,14 +19,28 @@ pub type Key = [u64; 2];
 /// Longest piece that has a key.
 pub const LONGEST: usize = 15;
 
+/// The bits of a key's bytes, by their number.
+const BITS: [[u64; 2]; 16] = {
+    let mut bits = [[0; 2]; 16];
+    let mut length = 0;
+    while length < 16 {
+        let all = (1u128 << (8 * length)) - 1;
+        bits[length] = [all as u64, (all >> 64) as u64];
+        length += 1;
+    }
+    bits
+};
+
 /// The key of `text[start..start + length]`, which must fit.
 #[inline(always)]
 pub fn key(text: &[u8], start: usize, length: usize) -> Key {
     let there = &text[start..];
     let mut words = [0; 2];
     if let Some(block) = there.first_chunk::<16>() {
-        let all = u128::from_le_bytes(*block) & (1u128 << (8 * length)).wrapping_sub(1);
-        words = [all as u64, (all >> 64) as u64];
+        let [low, high] =
+            [0, 8].map(|i| block[i..].first_chunk().map_or(0, |half| u64::from_le_bytes(*half)));
+        let [low_bits, high_bits] = BITS[length & LONGEST];
+        words = [low & low_bits, high & high_bits];
     } else {
         for (word, bytes) in words.iter_mut().zip(there[..length].chunks(8)) {
             let mut padded = [0; 8];
@@ -83,15 +99,16 @@ impl Cache {
         let mut at = self.home(hash);
         loop {
             let Pair(pair) = &self.pairs[at];
+            let differs = |slot: &Slot| slot[0] ^ key[0] | slot[1] ^ key[1];
             // Which of the two it is follows no pattern that a processor could foresee.
-            let slot = &pair[usize::from(pair[1][0] == key[0] && pair[1][1] == key[1])];
-            if slot[..2] == *key {
-                let ids = [slot[2] as u32, (slot[2] >> 32) as u32, slot[3] as u32, (slot[3] >> 32) as u32];
-                match ids[0] >> COUNT_SHIFT {
-                    MANY => out.extend_from_slice(&self.beside[ids[1] as usize..ids[2] as usize]),
-                    count => {
-                        push(out, [ids[0] & ((1 << COUNT_SHIFT) - 1), ids[1], ids[2], ids[3]], count as usize)
-                    }
+            let slot = select_unpredictable(differs(&pair[1]) == 0, &pair[1], &pair[0]);
+            if differs(slot) == 0 {
+                let (count, first) = (slot[2] >> COUNT_SHIFT & 15, slot[2] & !(15 << COUNT_SHIFT));
+                if count == MANY {
+                    let (start, end) = ((slot[2] >> 32) as usize, slot[3] as usize);
+                    out.extend_from_slice(&self.beside[start..end]);
+                } else {
+                    push(out, [first, slot[3]], count as usize);
                 }
                 return true;
             }
@@ -114,7 +131,7 @@ impl Cache {
         } else {
             let start = self.beside.len();
             self.beside.extend_from_slice(ids);
-            four = [MANY << COUNT_SHIFT, start as u32, self.beside.len() as u32, 0];
+            four = [(MANY as u32) << COUNT_SHIFT, start as u32, self.beside.len() as u32, 0];
         }
         let two = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         self.place([key[0], key[1], two(four[0], four[1]), two(four[2], four[3])], hash);
@@ -162,18 +179,23 @@ pub fn prefetch<T>(place: &T) {
     let _ = place;
 }
 
-/// Appends the first `count` ids.
+/// Appends the first `count` of ids that are two in a word.
 #[inline(always)]
-fn push(out: &mut Vec<u32>, ids: [u32; INLINE], count: usize) {
+fn push(out: &mut Vec<u32>, ids: [u64; 2], count: usize) {
+    const { assert!(cfg!(target_endian = "little")) };
     let length = out.len();
     if out.capacity() - length >= INLINE && count <= INLINE {
         // SAFETY: all four fit the capacity; the length then covers only what was written.
         unsafe {
-            out.as_mut_ptr().add(length).cast::<[u32; INLINE]>().write_unaligned(ids);
+            // Word by word: ids that are put together before they are written wait for each other.
+            let end = out.as_mut_ptr().add(length).cast::<u64>();
+            end.write_unaligned(ids[0]);
+            end.add(1).write_unaligned(ids[1]);
             out.set_len(length + count);
         }
     } else {
-        out.extend_from_slice(&ids[..count]);
+        let ids = ids.map(|two| [two as u32, (two >> 32) as u32]);
+        out.extend_from_slice(&ids.as_flattened()[..count]);
     }
 }
 
