@@ -129,18 +129,23 @@ impl PyTokenizer {
         let texts = texts.iter().map(utf8).collect::<PyResult<Vec<&str>>>()?;
         let options = options(add_special_tokens, allowed_special.as_ref());
         let ragged = py.detach(|| pool::run(|| self.0.encode_batch(&texts, options)))?.map_err(to_python)?;
-        let total: usize = ragged.parts.iter().map(Vec::len).sum();
+        let offsets = PyArray1::from_vec(py, ragged.offsets);
+        let parts = match <[Vec<u32>; 1]>::try_from(ragged.parts) {
+            Ok([all]) => return Ok((PyArray1::from_vec(py, all), offsets)),
+            Err(parts) => parts,
+        };
+        let total: usize = parts.iter().map(Vec::len).sum();
         let ids = PyArray1::<u32>::zeros(py, total, false);
         {
             let mut ids = ids.try_readwrite()?;
             let mut rest = ids.as_slice_mut().map_err(|e| PyTypeError::new_err(e.to_string()))?;
-            for part in &ragged.parts {
+            for part in &parts {
                 let (here, after) = rest.split_at_mut(part.len());
                 here.copy_from_slice(part);
                 rest = after;
             }
         }
-        Ok((ids, PyArray1::from_vec(py, ragged.offsets)))
+        Ok((ids, offsets))
     }
 
     /// Text of ids; what is not UTF-8 becomes replacement characters.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use rayon::prelude::*;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
@@ -568,35 +569,29 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
     let bytes: Vec<(&[u8], u32)> = spans.iter().map(|(span, id, _)| (&arena[span.clone()], *id)).collect();
     let vocab = Vocab::new(&bytes, |i| spans[i].2)?;
 
-    let mut left_right = Vec::with_capacity(merges.len());
-    let mut products = Vec::with_capacity(merges.len());
-    let mut buffer = Vec::new();
-    for (merge, rank) in merges.iter().zip(0..) {
+    let ids = |(rank, merge): (usize, &Merge)| {
         let wrong = |what: &str| {
             let shown = merge.parts().map_or_else(String::new, |(left, right)| format!("{left:?} {right:?}"));
             Error::new(format!("merge {rank} ({shown}) {what}"))
         };
         let (left, right) = merge.parts().ok_or_else(|| wrong("is not two tokens"))?;
-        buffer.clear();
-        let cut = if byte_level {
-            if !byte_level::decode(left, &mut buffer) {
+        let mut token = Vec::with_capacity(left.len() + right.len());
+        let mut append = |text: &str| {
+            if !byte_level {
+                token.extend_from_slice(text.as_bytes());
+            } else if !byte_level::decode(text, &mut token) {
                 return Err(wrong("has a character that stands for no byte"));
             }
-            let cut = buffer.len();
-            if !byte_level::decode(right, &mut buffer) {
-                return Err(wrong("has a character that stands for no byte"));
-            }
-            cut
-        } else {
-            buffer.extend_from_slice(left.as_bytes());
-            buffer.extend_from_slice(right.as_bytes());
-            left.len()
+            Ok(token.len())
         };
+        let cut = append(left)?;
+        append(right)?;
         let id =
             |token: &[u8]| vocab.get(token).ok_or_else(|| wrong("has a token that the vocabulary lacks"));
-        left_right.push((id(&buffer[..cut])?, id(&buffer[cut..])?, rank));
-        products.push(id(&buffer)?);
-    }
+        Ok(((id(&token[..cut])?, id(&token[cut..])?, rank as u32), id(&token)?))
+    };
+    let merges = merges.par_iter().enumerate().map(ids).collect::<Result<Vec<_>>>()?;
+    let (left_right, products): (Vec<_>, Vec<_>) = merges.into_iter().unzip();
     let symbols = if byte_level {
         let mut ids = Box::new([MISSING; 256]);
         for byte in 0..=255u8 {

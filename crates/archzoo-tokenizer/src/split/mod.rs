@@ -3,7 +3,6 @@
 mod families;
 pub mod regex;
 mod scan;
-#[cfg(target_arch = "x86_64")]
 mod window;
 
 use crate::classes::{self, Table};
@@ -119,37 +118,14 @@ impl Splitter {
     }
 }
 
-/// Where a piece ends, by the place where it starts.
-trait Next: Fn(&Table, &[u8], usize) -> usize {}
-impl<F: Fn(&Table, &[u8], usize) -> usize> Next for F {}
-
-/// Hands pieces over one by one.
-#[inline(always)]
-fn split_by(table: &Table, text: &[u8], sink: &mut impl Sink, next: impl Next) -> Result<()> {
-    let mut at = 0;
-    let mut batch = [(0, 0); BATCH];
-    while at < text.len() {
-        let mut count = 0;
-        while count < BATCH && at < text.len() {
-            let end = next(table, text, at);
-            batch[count] = (at, end);
-            count += 1;
-            at = end;
-        }
-        sink.take(text, &batch[..count])?;
-    }
-    Ok(())
-}
-
 /// Hands over all pieces of a window at once, and where there is none, or no start in it, some of them by `next`.
-#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn split_windows(
     table: &Table,
     text: &[u8],
     sink: &mut impl Sink,
     starts: impl Fn(&Table, &[u8], usize) -> Option<u64>,
-    next: impl Next,
+    next: impl Fn(&Table, &[u8], usize) -> usize,
 ) -> Result<()> {
     /// Pieces found one by one before a window is tried again.
     const SOME: usize = 8;
@@ -185,11 +161,6 @@ fn split_windows(
     Ok(())
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn split_windows(table: &Table, text: &[u8], sink: &mut impl Sink, _: (), next: impl Next) -> Result<()> {
-    split_by(table, text, sink, next)
-}
-
 fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
     let unicode = classes::unicode();
     match family {
@@ -202,8 +173,12 @@ fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()>
         Family::Cl100k => {
             split_windows(unicode, text, sink, window::cl100k::<3>, families::cl100k::<3, true>)
         }
-        Family::O200k => split_by(unicode, text, sink, families::o200k::<3, true>),
-        Family::Tekken => split_by(unicode, text, sink, families::o200k::<1, false>),
+        Family::O200k => {
+            split_windows(unicode, text, sink, window::o200k::<3, true>, families::o200k::<3, true>)
+        }
+        Family::Tekken => {
+            split_windows(unicode, text, sink, window::o200k::<1, false>, families::o200k::<1, false>)
+        }
         Family::DeepSeek => {
             split_windows(classes::deepseek(), text, sink, window::deepseek, families::deepseek)
         }

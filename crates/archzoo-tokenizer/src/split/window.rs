@@ -3,11 +3,6 @@
 //! A window begins where a piece starts, so that nothing before it matters. What lies behind it may move only starts
 //! that are not told: those in white space that reaches its end.
 
-use std::arch::x86_64::{
-    __m128i, _mm_add_epi8, _mm_and_si128, _mm_cmpeq_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_movemask_epi8,
-    _mm_or_si128, _mm_set1_epi8,
-};
-
 use crate::classes::{LETTER, LOWER, MARK, NEWLINE, NUMBER, SPACE, SYMBOL, Table, UPPER, decode};
 use crate::split::families::{Blanks, contraction};
 
@@ -15,9 +10,7 @@ use crate::split::families::{Blanks, contraction};
 pub const WIDTH: usize = 64;
 
 /// The bytes of each class, as bits; all bytes of a character have its class.
-struct Window<'a> {
-    text: &'a [u8],
-    at: usize,
+struct Window {
     letter: u64,
     number: u64,
     space: u64,
@@ -26,74 +19,77 @@ struct Window<'a> {
     mark: u64,
     upper: u64,
     lower: u64,
-    /// `' '`
+    /// `' '`, `'` and `/`.
     blank: u64,
+    quote: u64,
+    slash: u64,
     /// Bytes of characters of several bytes, and those that are not their first.
     wide: u64,
     tail: u64,
 }
 
-/// A bit for each byte of which `is_in` makes all bits one.
+/// The window of 64 bytes as if all were ASCII.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn mask(text: &[u8; WIDTH], is_in: impl Fn(__m128i) -> __m128i) -> u64 {
-    let (blocks, _) = text.as_chunks::<16>();
-    let mask = |i: usize| {
-        // SAFETY: SSE2 is part of x86-64 and the load is of 16 bytes that are there.
-        unsafe { u64::from(_mm_movemask_epi8(is_in(_mm_loadu_si128(blocks[i].as_ptr().cast()))) as u16) }
+fn ascii(text: &[u8; WIDTH]) -> Option<Window> {
+    use std::arch::x86_64::{
+        __m128i, _mm_add_epi8, _mm_cmpeq_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_movemask_epi8,
+        _mm_or_si128, _mm_set1_epi8,
     };
-    mask(0) | mask(1) << 16 | mask(2) << 32 | mask(3) << 48
-}
 
-#[inline(always)]
-fn is(bytes: __m128i, byte: u8) -> __m128i {
-    // SAFETY: SSE2 is part of x86-64.
-    unsafe { _mm_cmpeq_epi8(bytes, _mm_set1_epi8(byte as i8)) }
-}
-
-/// Of ASCII.
-#[inline(always)]
-fn is_between(bytes: __m128i, first: u8, last: u8) -> __m128i {
-    // SAFETY: SSE2 is part of x86-64. The range is moved to the least signed bytes.
-    unsafe {
-        let moved = _mm_add_epi8(bytes, _mm_set1_epi8(0x80u8.wrapping_sub(first) as i8));
-        _mm_cmplt_epi8(moved, _mm_set1_epi8(0x80u8.wrapping_add(last - first + 1) as i8))
+    /// The bytes that `is_in` makes all ones, or of which it sets the first bit.
+    #[inline(always)]
+    fn mask(text: &[u8; WIDTH], is_in: impl Fn(__m128i) -> __m128i) -> u64 {
+        let (blocks, _) = text.as_chunks::<16>();
+        let mask = |i: usize| {
+            // SAFETY: SSE2 is part of x86-64 and the load is of 16 bytes that are there.
+            unsafe { u64::from(_mm_movemask_epi8(is_in(_mm_loadu_si128(blocks[i].as_ptr().cast()))) as u16) }
+        };
+        mask(0) | mask(1) << 16 | mask(2) << 32 | mask(3) << 48
     }
+
+    // SAFETY: SSE2 is part of x86-64, here and below.
+    let all = |byte: u8| unsafe { _mm_set1_epi8(byte as i8) };
+    let is = |byte: u8| mask(text, |b| unsafe { _mm_cmpeq_epi8(b, all(byte)) });
+    // The range is moved to the least signed bytes.
+    let between = |b, first: u8, last: u8| unsafe {
+        _mm_cmplt_epi8(
+            _mm_add_epi8(b, all(0x80u8.wrapping_sub(first))),
+            all(0x80u8.wrapping_add(last - first + 1)),
+        )
+    };
+    let letter = mask(text, |b| between(unsafe { _mm_or_si128(b, all(0x20)) }, b'a', b'z'));
+    let upper = mask(text, |b| between(b, b'A', b'Z'));
+    let number = mask(text, |b| between(b, b'0', b'9'));
+    let blank = is(b' ');
+    Some(Window {
+        letter,
+        number,
+        space: blank | mask(text, |b| between(b, b'\t', b'\r')),
+        newline: is(b'\n') | is(b'\r'),
+        symbol: mask(text, |b| between(b, b'!', b'~')) & !letter & !number,
+        mark: 0,
+        upper,
+        lower: letter & !upper,
+        blank,
+        quote: is(b'\''),
+        slash: is(b'/'),
+        wide: mask(text, |b| b),
+        tail: mask(text, |b| unsafe { _mm_cmplt_epi8(b, all(0xc0)) }),
+    })
 }
 
-#[inline(always)]
-fn either(a: __m128i, b: __m128i) -> __m128i {
-    // SAFETY: SSE2 is part of x86-64.
-    unsafe { _mm_or_si128(a, b) }
+/// None where it is not written for the processor: pieces are then found one by one.
+#[cfg(not(target_arch = "x86_64"))]
+fn ascii(_: &[u8; WIDTH]) -> Option<Window> {
+    None
 }
 
-impl<'a> Window<'a> {
+impl Window {
     /// The window at `at`; none if fewer than [`WIDTH`] bytes are left.
     #[inline(always)]
-    fn new(table: &Table, text: &'a [u8], at: usize) -> Option<Self> {
-        let bytes = text[at..].first_chunk()?;
-        // SAFETY: SSE2 is part of x86-64.
-        let lowered = |b| unsafe { _mm_or_si128(b, _mm_set1_epi8(0x20)) };
-        let newline = mask(bytes, |b| either(is(b, b'\n'), is(b, b'\r')));
-        let blank = mask(bytes, |b| is(b, b' '));
-        let letter = mask(bytes, |b| is_between(lowered(b), b'a', b'z'));
-        let upper = mask(bytes, |b| is_between(b, b'A', b'Z'));
-        let number = mask(bytes, |b| is_between(b, b'0', b'9'));
-        let mut window = Self {
-            text,
-            at,
-            letter,
-            number,
-            space: blank | mask(bytes, |b| is_between(b, b'\t', b'\r')),
-            newline,
-            symbol: mask(bytes, |b| is_between(b, b'!', b'~')) & !letter & !number,
-            mark: 0,
-            upper,
-            lower: letter & !upper,
-            blank,
-            wide: mask(bytes, |b| b),
-            // SAFETY: SSE2 is part of x86-64.
-            tail: mask(bytes, |b| unsafe { _mm_and_si128(b, _mm_cmplt_epi8(b, _mm_set1_epi8(-64))) }),
-        };
+    fn new(table: &Table, text: &[u8], at: usize) -> Option<Self> {
+        let mut window = ascii(text[at..].first_chunk()?)?;
         let mut leads = window.wide & !window.tail;
         while leads != 0 {
             let i = leads.trailing_zeros() as usize;
@@ -208,22 +204,16 @@ pub fn gpt2<const DIGIT: bool>(table: &Table, text: &[u8], at: usize) -> Option<
         if DIGIT { (w.numbers(1)?, w.number) } else { (first(w.number) & !after_blank, 0) };
     let mut starts =
         first(w.letter) & !after_blank | others | numbers | w.blanks(w.space, Blanks::Plain, bound);
-    let mut quotes = others & w.letter >> 1 & mask_of(&w, b'\'');
+    let mut quotes = others & w.letter >> 1 & w.quote;
     while quotes != 0 {
         let i = quotes.trailing_zeros() as usize;
         quotes &= quotes - 1;
         let length = contraction::<false>(text, at + i);
         if length > 0 {
-            starts &= !(1 << (i + 1));
-            starts |= bit(i + length) & w.letter & !w.tail;
+            starts = starts & !bit(i + 1) | bit(i + length) & w.letter & !w.tail;
         }
     }
     Some(starts)
-}
-
-#[inline(always)]
-fn mask_of(w: &Window, byte: u8) -> u64 {
-    w.text[w.at..].first_chunk().map_or(0, |bytes| mask(bytes, |b| is(b, byte)))
 }
 
 /// The same for [`families::cl100k`](crate::split::families::cl100k), with or without its end.
@@ -237,13 +227,50 @@ pub fn cl100k<const DIGITS: usize>(table: &Table, text: &[u8], at: usize) -> Opt
     let glued = (w.whole(others) | w.space & !w.newline) << 1;
     let mut starts =
         first(w.letter) & !glued | others | w.numbers(DIGITS)? | w.blanks(w.space & !ended, Blanks::Lines, 0);
-    let mut quotes = others & w.letter >> 1 & mask_of(&w, b'\'');
+    let mut quotes = others & w.letter >> 1 & w.quote;
     while quotes != 0 {
         let i = quotes.trailing_zeros() as usize;
         quotes &= quotes - 1;
         let length = contraction::<true>(text, at + i);
         if length > 0 {
             starts |= bit(i + length) & w.letter & !w.tail;
+        }
+    }
+    Some(starts)
+}
+
+/// The same for [`families::o200k`](crate::split::families::o200k).
+#[inline(always)]
+pub fn o200k<const DIGITS: usize, const CONTRACTIONS: bool>(
+    table: &Table,
+    text: &[u8],
+    at: usize,
+) -> Option<u64> {
+    let w = Window::new(table, text, at)?;
+    let caseless = w.letter & !(w.upper | w.lower);
+    let other = w.other();
+    let others = first(other) & !(w.blank << 1);
+    let ended = runs_from(w.newline & other << 1, w.newline);
+    // Where a word ends depends on more than neighbours.
+    if (w.mark | caseless << 1 & w.upper | ended << 1 & w.slash) != 0 {
+        return None;
+    }
+    let glued = (w.whole(others) | w.space & !w.newline) << 1;
+    let mut starts = first(w.letter) & !glued
+        | w.upper & w.lower << 1
+        | others
+        | w.numbers(DIGITS)?
+        | w.blanks(w.space & !ended, Blanks::Lines, 0);
+    let mut quotes = if CONTRACTIONS { others & w.letter << 1 & w.quote } else { 0 };
+    let mut end = 0;
+    while quotes != 0 {
+        let i = quotes.trailing_zeros() as usize;
+        quotes &= quotes - 1;
+        let length = contraction::<true>(text, at + i);
+        // A word has one.
+        if length > 0 && i != end {
+            end = i + length;
+            starts = starts & !bit(i) | bit(end) & w.letter & !w.tail;
         }
     }
     Some(starts)
