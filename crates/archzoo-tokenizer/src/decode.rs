@@ -1,10 +1,13 @@
 use crate::error::Error;
+use crate::sentencepiece::PieceDecoder;
 
 /// How the texts of tokens become text.
 #[derive(Debug, Clone)]
 pub enum Decoder {
     /// The tokens' bytes, one after the other.
     Bytes,
+    /// Those of SentencePiece's pieces.
+    Pieces(PieceDecoder),
     /// Tokens' texts, changed step by step, then joined.
     Steps(Vec<DecodeStep>),
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::added::{Added, AddedToken};
 use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::byte_level;
+use crate::charsmap::Charsmap;
 use crate::decode::{DecodeStep, Decoder};
 use crate::error::{Error, Result};
 use crate::metaspace::{Metaspace, Prepend};
@@ -17,8 +18,9 @@ use crate::model::Model;
 use crate::normalize::Normalizer;
 use crate::split::regex::{Behavior, Step};
 use crate::split::{DEEPSEEK, Family, GPT2, Splitter};
+use crate::tiktoken;
 use crate::tokenizer::Parts;
-use crate::unigram::Unigram;
+use crate::unigram::{Score, Unigram};
 use crate::vocab::{MOST_IDS, Vocab};
 use crate::wordpiece::WordPiece;
 
@@ -377,6 +379,13 @@ fn normalizer(mut f: Fields) -> Result<Normalizer> {
                 }
             }
         }
+        "Precompiled" => {
+            let map = f.text("precompiled_charsmap")?;
+            let content = tiktoken::base64(map.as_bytes()).ok_or_else(|| {
+                Error::new("the normalizer Precompiled has a precompiled_charsmap that is no base64")
+            })?;
+            Normalizer::Precompiled(Box::new(Charsmap::new(&content)?))
+        }
         "BertNormalizer" => {
             let lowercase = f.flag("lowercase", true)?;
             Normalizer::Bert {
@@ -633,7 +642,8 @@ fn wordpiece(mut f: Fields, tokens: &[(Cow<str>, u32)]) -> Result<Model> {
 fn unigram(mut f: Fields, tokens: &[(Cow<str>, f64)]) -> Result<Model> {
     let as_bytes: Vec<(&[u8], u32)> = tokens.iter().zip(0..).map(|((t, _), id)| (t.as_bytes(), id)).collect();
     let vocab = Vocab::new(&as_bytes, |_| true)?;
-    let scores = tokens.iter().map(|&(_, score)| score).collect();
+    let scores: Vec<f64> = tokens.iter().map(|&(_, score)| score).collect();
+    let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     let unknown = match f.take("unk_id") {
         Value::Null => None,
         value => match value.as_u64() {
@@ -642,7 +652,7 @@ fn unigram(mut f: Fields, tokens: &[(Cow<str>, f64)]) -> Result<Model> {
         },
     };
     let fallback = f.flag("byte_fallback", false)?.then(|| byte_tokens(&vocab));
-    f.end(Model::Unigram(Unigram { vocab, scores, unknown, fallback }))
+    f.end(Model::Unigram(Unigram::new(vocab, scores, least, unknown, fallback, Score::Double)))
 }
 
 /// Ids of `<0x00>` to `<0xFF>`.

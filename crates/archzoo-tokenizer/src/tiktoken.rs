@@ -79,7 +79,8 @@ fn entry(line: &[u8]) -> Option<(Vec<u8>, u32)> {
     Some((base64(&line[..blank])?, rank))
 }
 
-fn base64(text: &[u8]) -> Option<Vec<u8>> {
+/// Bytes written in base64, at least one.
+pub(crate) fn base64(text: &[u8]) -> Option<Vec<u8>> {
     let digits = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
     let mut out = Vec::with_capacity(digits.len() * 3 / 4);
     let (mut bits, mut count) = (0u32, 0);
