@@ -356,17 +356,10 @@ impl File {
         let vocab = self.tokens(|kind| kind == Kind::Normal)?;
         let mut buffer = [0; 4];
         for piece in &self.pieces {
-            let one = piece.text.chars().count() == 1;
             match piece.kind {
                 Kind::Unused => {
                     return Err(Error::unsupported(format!(
                         "the unused piece {:?} of a BPE model",
-                        piece.text
-                    )));
-                }
-                Kind::Control if one => {
-                    return Err(Error::unsupported(format!(
-                        "the control piece {:?} of one character",
                         piece.text
                     )));
                 }
@@ -419,10 +412,9 @@ impl File {
         let vocab = self.tokens(is_found)?;
         let normal = || self.pieces.iter().filter(|p| p.kind == Kind::Normal).map(|p| p.score);
         let least = normal().fold(f32::MAX, f32::min);
-        // SentencePiece starts from the smallest positive number.
-        let most = normal().fold(f32::MIN_POSITIVE, f32::max);
         let score = |piece: &Piece| match piece.kind {
-            Kind::UserDefined => f64::from(piece.text.len() as f32 * most) - 0.1,
+            // Better than any sum of others.
+            Kind::UserDefined => f64::from((0.1 * (piece.text.len() - 1) as f64) as f32),
             _ => f64::from(piece.score),
         };
         let scores = self.pieces.iter().map(score).collect();

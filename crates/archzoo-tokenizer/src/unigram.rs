@@ -24,12 +24,13 @@ pub struct Unigram {
 pub enum Score {
     /// As `tokenizers` does.
     Double,
-    /// As SentencePiece does: to single precision after each token, compared before that.
+    /// As SentencePiece 0.2.3 does: to single precision after each token, from 0 again beyond [`MOST_SUM`].
     Single,
 }
 
 /// How much less likely than the least likely token an unknown character is.
 const UNKNOWN_PENALTY: f64 = 10.0;
+const MOST_SUM: f64 = 100_000.0;
 /// Nothing ends here.
 const NOWHERE: u32 = u32::MAX;
 
@@ -65,18 +66,24 @@ impl Unigram {
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], out: &mut Vec<u32>) {
         let mut best = vec![Best { score: 0.0, start: NOWHERE, id: MISSING }; piece.len() + 1];
+        // Where the last token so far ends.
+        let mut frontier = 0;
         let mut start = 0;
         while start < piece.len() {
+            if self.precision == Score::Single && best[start].score.abs() > MOST_SUM {
+                rebase(&mut best[start..=frontier]);
+            }
             let here = best[start].score;
             let length = crate::classes::decode(piece, start).1.min(piece.len() - start);
             let mut has_single = false;
             self.trie.prefixes(&piece[start..], |id, token| {
                 has_single |= token == length;
+                frontier = frontier.max(start + token);
                 self.offer(&mut best[start + token], start, id, here + self.scores[id as usize]);
             });
             if !has_single {
-                let score = rounded(here + self.unknown_score, self.precision);
-                self.offer(&mut best[start + length], start, MISSING, score);
+                frontier = frontier.max(start + length);
+                self.offer(&mut best[start + length], start, MISSING, here + self.unknown_score);
             }
             start += length;
         }
@@ -106,8 +113,9 @@ impl Unigram {
 
     #[inline(always)]
     fn offer(&self, best: &mut Best, start: usize, id: u32, score: f64) {
+        let score = rounded(score, self.precision);
         if best.start == NOWHERE || score > best.score {
-            *best = Best { score: rounded(score, self.precision), start: start as u32, id };
+            *best = Best { score, start: start as u32, id };
         }
     }
 
@@ -123,6 +131,14 @@ impl Unigram {
             }
             _ => out.extend(self.unknown),
         }
+    }
+}
+
+/// Takes the first sum off all.
+fn rebase(best: &mut [Best]) {
+    let offset = best.first().map_or(0.0, |first| first.score);
+    for best in best.iter_mut().filter(|best| best.start != NOWHERE) {
+        best.score = rounded(best.score - offset, Score::Single);
     }
 }
 
