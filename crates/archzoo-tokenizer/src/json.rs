@@ -13,9 +13,10 @@ use crate::byte_level;
 use crate::charsmap::Charsmap;
 use crate::decode::{DecodeStep, Decoder};
 use crate::error::{Error, Result};
-use crate::metaspace::{Metaspace, Prepend};
+use crate::metaspace::{self, Metaspace, Prepend};
 use crate::model::Model;
 use crate::normalize::Normalizer;
+use crate::sentencepiece::MARK;
 use crate::split::regex::{Behavior, Step};
 use crate::split::{DEEPSEEK, Family, GPT2, Splitter};
 use crate::tiktoken;
@@ -200,13 +201,24 @@ pub(crate) fn parts(file: File, made: Option<Bpe>) -> Result<Parts> {
     if file.version.as_deref().is_some_and(|v| v != "1.0") {
         return Err(Error::unsupported(format!("tokenizer.json of version {:?}", file.version)));
     }
-    let pre = pre_tokenizer(file.pre_tokenizer)?;
+    let mut pre = pre_tokenizer(file.pre_tokenizer)?;
     let normalizers: Vec<Normalizer> =
         flat(file.normalizer, "normalizers")?.into_iter().map(normalizer).collect::<Result<_>>()?;
     let model = match made {
         Some(bpe) => Model::Bpe(bpe),
         None => model(file.model, pre.byte_level)?,
     };
+    if let Model::Bpe(bpe) = &model
+        && bpe.starts_words_with(MARK)
+    {
+        match &mut pre.metaspace {
+            Some(metaspace) if metaspace.cut == metaspace::Cut::Nowhere => {
+                metaspace.cut = metaspace::Cut::Words
+            }
+            None if matches!(pre.splitter, Splitter::Whole) => pre.splitter = Splitter::Words(MARK),
+            _ => {}
+        }
+    }
     let (before, after) = post_processor(file.post_processor)?;
     let decoder = decoder(file.decoder)?;
     let (raw, normalized) = added_tokens(file.added_tokens, &model, &normalizers)?;
@@ -438,7 +450,7 @@ fn pre_tokenizer(value: Option<Value>) -> Result<PreTokenizer> {
                 continue;
             }
             "Metaspace" => {
-                metaspace = Some(self::metaspace(f)?);
+                metaspace = Some(marks(f)?);
                 continue;
             }
             "Split" => Cut::Split(f.pattern()?, f.behavior()?, f.flag("invert", false)?),
@@ -505,7 +517,7 @@ fn splitter(cuts: Vec<Cut>) -> Result<Splitter> {
     Ok(Splitter::Steps(steps))
 }
 
-fn metaspace(mut f: Fields) -> Result<Metaspace> {
+fn marks(mut f: Fields) -> Result<Metaspace> {
     let mark = f.character("replacement")?;
     let old = f.flag("add_prefix_space", true)?;
     let prepend = match f.take("prepend_scheme") {
@@ -517,8 +529,8 @@ fn metaspace(mut f: Fields) -> Result<Metaspace> {
         value => return Err(f.wrong("prepend_scheme", &value)),
     };
     f.take("str_rep");
-    let split = f.flag("split", true)?;
-    f.end(Metaspace { mark, prepend, split })
+    let cut = if f.flag("split", true)? { metaspace::Cut::Marks } else { metaspace::Cut::Nowhere };
+    f.end(Metaspace { mark, prepend, cut })
 }
 
 fn model(file: ModelFile, byte_level: bool) -> Result<Model> {
@@ -730,7 +742,7 @@ fn decoder(value: Option<Value>) -> Result<Decoder> {
             "Fuse" => DecodeStep::Fuse,
             "Strip" => DecodeStep::Strip(f.character("content")?, f.number("start")?, f.number("stop")?),
             "Metaspace" => {
-                let metaspace = metaspace(f)?;
+                let metaspace = marks(f)?;
                 steps.push(DecodeStep::Metaspace(metaspace.mark, metaspace.prepend != Prepend::Never));
                 continue;
             }

@@ -20,6 +20,7 @@ mod model;
 mod normalize;
 mod sentencepiece;
 mod split;
+mod tekken;
 mod tiktoken;
 mod tokenizer;
 mod trie;

@@ -534,13 +534,3 @@ impl PieceDecoder {
         }
     }
 }
-
-/// The text of bytes, each of which that is not UTF-8 becomes a replacement character.
-pub fn lossy(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        text.push_str(chunk.valid());
-        text.extend(chunk.invalid().iter().map(|_| '\u{fffd}'));
-    }
-    text
-}
