@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,7 +91,7 @@ def drop(model: Any) -> None:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sentencepiece")
     manual = [line for line in python_manual_text("valid").splitlines() if line.strip()][:3000]
-    lines = manual + ["é́ ﬁne Ⅷ ｆｕｌｌ ㍿ ½ 東京 日本語 한국어 Привет"] * 5
+    lines = manual + ["é́ ﬁne Ⅷ \uff46\uff55\uff4c\uff4c ㍿ ½ 東京 日本語 한국어 Привет"] * 5
     contents = {}
     for name, options in MODELS.items():
         out = io.BytesIO()
@@ -192,7 +191,7 @@ def check_stream(tokenizer: Tokenizer, ids: list[int], cut: bool = True) -> None
 CHANGES: list[tuple[Callable[[Any], Any], str]] = [
     (lambda m: setattr(m.trainer_spec, "model_type", 3), "model_type WORD"),
     (lambda m: setattr(m.trainer_spec, "model_type", 4), "model_type CHAR"),
-    (lambda m: setattr(m.denormalizer_spec, "precompiled_charsmap", m.normalizer_spec.precompiled_charsmap), "denorm"),
+    (lambda m: m.denormalizer_spec.CopyFrom(m.normalizer_spec), "denormalizer_spec"),
     (lambda m: setattr(m.pieces[500], "type", UNUSED), "unused piece"),
     (lambda m: setattr(m.pieces[500], "piece", m.pieces[501].piece), "500 and 501 are both"),
     (lambda m: setattr(m.pieces[500], "piece", ""), "500 is empty"),
@@ -279,7 +278,7 @@ def unigram_json(content: bytes, **parts: Any) -> dict[str, Any]:
 
 
 def bpe_json(content: bytes, **parts: Any) -> dict[str, Any]:
-    """A BPE model as the tokenizer.json files of Llama 2 and Mistral write it: merges by their piece's score."""
+    """A BPE model as the tokenizer.json of Llama 2 and Mistral write it: merges by their piece's score."""
     model = proto(content)
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     merges = [
@@ -340,7 +339,8 @@ def test_ids_are_those_of_tokenizers(name: str, files: dict[str, Path], tmp_path
     theirs = tokenizers.Tokenizer.from_file(str(path))
     ours = Tokenizer.from_file(path)
     manual = python_manual_text("valid")
-    texts = [*hostile(2000, seed=7), *every_character(), *(manual[i : i + 2000] for i in range(0, 200_000, 2000))]
+    parts_of_manual = (manual[i : i + 2000] for i in range(0, 200_000, 2000))
+    texts = [*hostile(1000, seed=7), *every_character(), *parts_of_manual]
     texts += ["<s>a</s>", "x<unk>y", "e\u0301\u0301 A\u030a ﬁ ㍿\r\n\u200b½", manual[:50_000], *giants()]
     ids, offsets = ours.encode_batch(texts)
     for i, (text, expected) in enumerate(zip(texts, theirs.encode_batch_fast(texts), strict=True)):

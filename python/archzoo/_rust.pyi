@@ -169,8 +169,9 @@ class Tokenizer:
         pattern: str | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken, or a rank
-        file with its pattern.
+        """Reads a `tokenizer.json`, a SentencePiece file, a GGUF file's vocabulary, or ranks.
+
+        Those are Mistral's Tekken, or a rank file with its pattern.
 
         `cache` is a folder for tables that are built once.
         """

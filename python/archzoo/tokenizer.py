@@ -56,13 +56,13 @@ class Tokenizer:
     ) -> Self:
         """Read a `tokenizer.json`, a SentencePiece `.model`, a GGUF file's vocabulary, or ranks.
 
-        Ranks are tiktoken's or Mistral's Tekken. Control tokens of a SentencePiece or Tekken file are not found
-        in text, as in the libraries that these are of, and neither file says what goes around a text.
+        Ranks are tiktoken's or Mistral's Tekken. Control tokens of a SentencePiece or Tekken file are not
+        found in text, as in the libraries that these are of, and neither file says what goes around a text.
 
         Args:
             path: The file.
-            pattern: For a rank file of tiktoken: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the
-                special tokens, or a regular expression.
+            pattern: For a rank file of tiktoken: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also
+                name the special tokens, or a regular expression.
             cache: A folder for a byte-pair tokenizer's tables, in a file named by the hash of `path`'s
                 content. It is written once, and makes later loads several times faster.
 

@@ -29,6 +29,8 @@ mod vocab;
 mod wordpiece;
 
 pub use added::{AddedToken, AllowedSpecial};
+#[cfg(fuzzing)]
+pub use cache_file::{encode_by, tables_of};
 pub use chat::render as render_chat;
 pub use decode::DecodeStream;
 pub use error::{Error, Result};
