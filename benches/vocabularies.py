@@ -74,6 +74,16 @@ def vocabularies(folder: Path) -> Iterator[Vocabulary]:
         path = folder / "smollm2.json"
         path.write_text(json.dumps(smollm2_tokenizer(), ensure_ascii=False), encoding="utf-8")
         yield Vocabulary("smollm2", path)
+    data = ("mistral_common", "data")
+    for name, file in (
+        ("mistral v1", "tokenizer.model.v1"),
+        ("mistral v3", "mistral_instruct_tokenizer_*.model.v3"),
+        ("mistral v7", "mistral_instruct_tokenizer_*.model.v7"),
+    ):
+        if path := package_file(*data, file):
+            yield Vocabulary(name, path)
+    if path := package_file(*data, "tekken_240911.json"):
+        yield Vocabulary("tekken", path)
 
 
 def ranks(path: Path) -> dict[bytes, int]:

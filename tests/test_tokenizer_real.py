@@ -7,7 +7,9 @@ installed packages; without the marker one megabyte and 500 strings are compared
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
+import json
 import os
 import random
 import sys
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
 from vocabularies import Vocabulary, ranks, vocabularies  # noqa: E402
 
 Reference = Callable[[list[str]], list[list[int]]]
+SENTENCEPIECE = ("mistral v1", "mistral v3", "mistral v7")
 PART = 5000
 """Characters of one text: long enough for many pieces, short enough for both ends to matter."""
 
@@ -60,7 +63,25 @@ def broken_bytes(count: int) -> Iterator[bytes]:
         yield start[: len(start) - rng.randint(0, 2)] + middle + end[rng.randint(0, 2) :]
 
 
+def tekken_reference(path: Path) -> Reference:
+    """tiktoken over the tokens that Mistral's own library uses, behind the special ones."""
+    tiktoken = pytest.importorskip("tiktoken")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    config = content["config"]
+    special = config["default_num_special_tokens"]
+    tokens = content["vocab"][: config["default_vocab_size"] - special]
+    table = {base64.b64decode(token["token_bytes"]): token["rank"] for token in tokens}
+    encoding = tiktoken.Encoding("x", pat_str=config["pattern"], mergeable_ranks=table, special_tokens={})
+    return lambda texts: [[special + id for id in ids] for ids in encoding.encode_ordinary_batch(texts)]
+
+
 def reference(vocabulary: Vocabulary) -> Reference:
+    if vocabulary.name == "tekken":
+        return tekken_reference(vocabulary.path)
+    if vocabulary.name in SENTENCEPIECE:
+        sentencepiece = pytest.importorskip("sentencepiece")
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary.path))
+        return lambda texts: processor.encode(texts)
     if vocabulary.pattern is None:
         theirs = tokenizers.Tokenizer.from_file(str(vocabulary.path))
         theirs.no_padding()
@@ -99,7 +120,7 @@ def compare(vocabulary: Vocabulary, texts: Iterator[str], raw: Iterator[bytes], 
     if batch:
         check()
     trips = 0
-    if vocabulary.name not in ("minilm", "smollm2"):  # not all bytes
+    if vocabulary.name not in ("minilm", "smollm2", *SENTENCEPIECE):  # not all bytes
         for value in raw:
             assert ours.decode_bytes(ours.encode(value, allowed_special=set())) == value
             trips += 1
@@ -109,7 +130,7 @@ def compare(vocabulary: Vocabulary, texts: Iterator[str], raw: Iterator[bytes], 
 
 NAMES = [
     *["deepseek", "cl100k ranks", "cl100k", "o200k ranks", "o200k", "llama3 ranks", "llama3", "qwen ranks"],
-    *["qwen", "gpt2 ranks", "gpt2", "gpt2 split", "minilm", "smollm2"],
+    *["qwen", "gpt2 ranks", "gpt2", "gpt2 split", "minilm", "smollm2", *SENTENCEPIECE, "tekken"],
 ]
 
 

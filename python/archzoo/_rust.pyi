@@ -169,16 +169,19 @@ class Tokenizer:
         pattern: str | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Reads a `tokenizer.json`, a GGUF file's vocabulary, or a rank file with its pattern.
+        """Reads a `tokenizer.json`, a SentencePiece file, a GGUF file's vocabulary, or ranks.
+
+        Those are Mistral's Tekken, or a rank file with its pattern.
 
         `cache` is a folder for tables that are built once.
         """
     @property
     def vocab_size(self) -> int:
         """Number of ids, those of added tokens included."""
-    @property
-    def joins_bytes(self) -> bool:
-        """Whether the text of ids is that of their tokens' bytes, whatever comes before."""
+    def stream(self) -> Utf8Stream | None:
+        """For `decode_next`; None if the text of a token depends on more than whether it is the first."""
+    def decode_next(self, id: int, skip_special_tokens: bool, stream: Utf8Stream) -> str:
+        """The text that one more id completes."""
     @property
     def hash(self) -> str:
         """A hash of the file and the pattern, in hexadecimal."""
@@ -205,11 +208,11 @@ class Tokenizer:
 
 @final
 class Utf8Stream:
-    """Joins the bytes of tokens that come one by one, and holds back what may still become a character."""
+    """Joins the bytes of tokens that come one by one, and holds back what may still become a character.
 
-    def __new__(cls) -> Self: ...
-    def push(self, bytes: bytes) -> str:
-        """The text that more bytes complete."""
+    `Tokenizer.stream` makes one.
+    """
+
     def finish(self) -> str:
         """What is left at the end."""
 

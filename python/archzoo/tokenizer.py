@@ -16,6 +16,7 @@ from archzoo import _rust
 from archzoo.errors import InputError, TokenizerError
 
 Ids = npt.NDArray[np.uint32]
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json")
 AllowedSpecial = Literal["all"] | AbstractSet[str]
 
 
@@ -53,12 +54,15 @@ class Tokenizer:
         pattern: str | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Read a `tokenizer.json`, the vocabulary in a GGUF file, or a tiktoken rank file.
+        """Read a `tokenizer.json`, a SentencePiece `.model`, a GGUF file's vocabulary, or ranks.
+
+        Ranks are tiktoken's or Mistral's Tekken. Control tokens of a SentencePiece or Tekken file are not
+        found in text, as in the libraries that these are of, and neither file says what goes around a text.
 
         Args:
             path: The file.
-            pattern: For a rank file: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also name the
-                special tokens, or a regular expression.
+            pattern: For a rank file of tiktoken: "gpt2", "cl100k", "o200k", "llama3" or "qwen", which also
+                name the special tokens, or a regular expression.
             cache: A folder for a byte-pair tokenizer's tables, in a file named by the hash of `path`'s
                 content. It is written once, and makes later loads several times faster.
 
@@ -72,15 +76,26 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read the `tokenizer.json` of a model's folder, and its chat template."""
+        """Read the tokenizer of a model's folder, and its chat template.
+
+        That is its `tokenizer.json`, or else a SentencePiece or Tekken file: see `from_file`.
+
+        Raises:
+            TokenizerError: A file is damaged or not supported, or `tokenizer_config.json` asks for ids around
+                a text where there is no `tokenizer.json`.
+        """
         folder = Path(folder)
-        tokenizer = cls.from_file(folder / "tokenizer.json")
+        source = next((folder / name for name in _FILES if (folder / name).exists()), folder / _FILES[0])
+        tokenizer = cls.from_file(source)
         path = folder / "tokenizer_config.json"
         if path.exists():
             try:
                 tokenizer._config = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise TokenizerError(f"{path}: {error}") from None
+            flag = next((f for f in ("add_bos_token", "add_eos_token") if tokenizer._config.get(f)), None)
+            if source.name != _FILES[0] and flag is not None:
+                raise TokenizerError(f"{path}: not supported without a tokenizer.json: {flag}")
         template = folder / "chat_template.jinja"
         if template.exists():
             tokenizer._config["chat_template"] = template.read_text(encoding="utf-8")
@@ -213,7 +228,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._bytes = _rust.Utf8Stream() if tokenizer._native.joins_bytes else None
+        self._stream = tokenizer._native.stream()
         # Where a token's text depends on those before: the last ids, the first `_done` being out as `_shown`.
         self._ids: list[int] = []
         self._done = 0
@@ -221,8 +236,11 @@ class TextStream:
 
     def push(self, id: int) -> str:
         """The text that one more id completes."""
-        if self._bytes is not None:
-            return self._bytes.push(self._tokenizer.decode_bytes([id], self._skip))
+        if self._stream is not None:
+            try:
+                return self._tokenizer._native.decode_next(id, self._skip, self._stream)
+            except (_rust.TokenizerError, OverflowError) as error:
+                raise InputError(str(error)) from None
         self._ids.append(id)
         text = self._tokenizer.decode(self._ids, self._skip)
         if len(text) <= len(self._shown) or text.endswith("\ufffd"):
@@ -234,8 +252,8 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left: replacement characters for a character that never ended."""
-        if self._bytes is not None:
-            return self._bytes.finish()
+        if self._stream is not None:
+            return self._stream.finish()
         return self._tokenizer.decode(self._ids, self._skip)[len(self._shown) :]
 
 

@@ -29,8 +29,8 @@ type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
 
 #[pymethods]
 impl PyTokenizer {
-    /// Reads a `tokenizer.json`, a GGUF file's vocabulary or a tiktoken rank file with the name of its pattern;
-    /// with a folder for tables that are built once.
+    /// Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken or a tiktoken rank
+    /// file with the name of its pattern; with a folder for tables that are built once.
     #[new]
     #[pyo3(signature = (path, pattern = None, cache = None))]
     fn new(py: Python, path: PathBuf, pattern: Option<&str>, cache: Option<PathBuf>) -> PyResult<Self> {
@@ -47,10 +47,14 @@ impl PyTokenizer {
         self.0.vocab_size()
     }
 
-    /// Whether the text of ids is that of their tokens' bytes, whatever comes before.
-    #[getter]
-    fn joins_bytes(&self) -> bool {
-        self.0.joins_bytes()
+    /// For `decode_next`; None if the text of a token depends on more than whether it is the first.
+    fn stream(&self) -> Option<Utf8Stream> {
+        self.0.stream().map(Utf8Stream)
+    }
+
+    /// The text that one more id completes.
+    fn decode_next(&self, id: u32, skip_special_tokens: bool, stream: &mut Utf8Stream) -> PyResult<String> {
+        self.0.decode_next(id, skip_special_tokens, &mut stream.0).map_err(to_python)
     }
 
     /// A hash of the file and the pattern, in hexadecimal.
@@ -182,21 +186,10 @@ fn contiguous<'a>(ids: &'a PyReadonlyArray1<u32>) -> PyResult<&'a [u32]> {
 
 /// Joins the bytes of tokens that come one by one, and holds back what may still become a character.
 #[pyclass(name = "Utf8Stream", module = "archzoo._rust")]
-#[derive(Default)]
 pub struct Utf8Stream(DecodeStream);
 
 #[pymethods]
 impl Utf8Stream {
-    #[new]
-    fn new() -> Self {
-        Self::default()
-    }
-
-    /// The text that more bytes complete.
-    fn push(&mut self, bytes: &[u8]) -> String {
-        self.0.push(bytes)
-    }
-
     /// What is left at the end.
     fn finish(&mut self) -> String {
         self.0.finish()

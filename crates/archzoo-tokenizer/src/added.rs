@@ -72,6 +72,12 @@ impl Added {
         Ok(Self { tokens, by_id, finder })
     }
 
+    /// Searches nothing: the tokens only have their ids.
+    pub fn silent(tokens: Vec<AddedToken>) -> Self {
+        let by_id = tokens.iter().zip(0..).map(|(token, i)| (token.id, i)).collect();
+        Self { tokens, by_id, finder: None }
+    }
+
     /// The token of an id.
     pub fn by_id(&self, id: u32) -> Option<&AddedToken> {
         self.by_id.get(&id).map(|&i| &self.tokens[i])

@@ -67,6 +67,26 @@ impl Bpe {
         })
     }
 
+    /// The same, where pairs (left, right, product) of tied ranks each have their own product.
+    #[must_use]
+    pub fn with_ties(mut self, ties: Vec<(u32, u32, u32)>) -> Self {
+        self.merges = self.merges.with_ties(ties);
+        self
+    }
+
+    /// Whether text can be cut before every run of `mark`: it is a token, and no token has it after anything else.
+    pub fn starts_words_with(&self, mark: &str) -> bool {
+        let is_inside = |token: &[u8]| {
+            let rest = String::from_utf8_lossy(token);
+            rest.trim_start_matches(mark).contains(mark)
+        };
+        let mut tokens = (0..self.vocab.len() as u32).filter_map(|id| self.vocab.bytes(id));
+        !self.is_byte_level()
+            && !self.ignore_merges
+            && self.vocab.get(mark.as_bytes()).is_some()
+            && !tokens.any(is_inside)
+    }
+
     /// Whether it merges bytes.
     pub fn is_byte_level(&self) -> bool {
         matches!(self.symbols, Symbols::Bytes(_))

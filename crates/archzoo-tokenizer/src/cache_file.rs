@@ -9,7 +9,7 @@ use crate::bpe::Bpe;
 use crate::error::{Error, Result};
 
 /// The last byte is the version of the layout.
-const MAGIC: [u8; 16] = *b"archzoo bpe \0\0\0\x01";
+const MAGIC: [u8; 16] = *b"archzoo bpe \0\0\0\x02";
 const HASH: usize = blake3::OUT_LEN;
 
 /// A table that is written to a file and read back.
@@ -83,6 +83,10 @@ pub fn read(path: &Path, hash: &blake3::Hash) -> Option<(String, Bpe)> {
     if blake3::hash(tables).as_bytes() != checksum {
         return None;
     }
+    parse(tables)
+}
+
+fn parse(tables: &[u8]) -> Option<(String, Bpe)> {
     let mut reader = Reader(tables);
     let around = String::from_utf8(reader.bytes()?.to_vec()).ok()?;
     let model = Bpe::read(&mut reader)?;
@@ -104,4 +108,24 @@ pub fn write(path: &Path, hash: &blake3::Hash, around: &str, model: &Bpe) -> Res
         let _ = std::fs::remove_file(&temporary);
         failed(e)
     })
+}
+
+/// Tables as they are in a file, and the ids that they give: for fuzzing, which finds no checksum.
+#[cfg(fuzzing)]
+pub fn encode_by(tables: &[u8], piece: &[u8]) -> Option<Vec<u32>> {
+    let (_, model) = parse(tables)?;
+    let mut ids = Vec::new();
+    model.encode(piece, &mut crate::bpe::Work::default(), &mut ids);
+    Some(ids)
+}
+
+/// The tables of the byte-pair model in a tokenizer's file.
+#[cfg(fuzzing)]
+pub fn tables_of(content: &[u8]) -> Option<Vec<u8>> {
+    let parts = crate::json::read(content).ok()?;
+    let crate::model::Model::Bpe(model) = &parts.model else { return None };
+    let mut tables = Writer::default();
+    tables.bytes(b"");
+    model.write(&mut tables);
+    Some(tables.0)
 }

@@ -1,10 +1,13 @@
 use crate::error::Error;
+use crate::sentencepiece::PieceDecoder;
 
 /// How the texts of tokens become text.
 #[derive(Debug, Clone)]
 pub enum Decoder {
     /// The tokens' bytes, one after the other.
     Bytes,
+    /// Those of SentencePiece's pieces.
+    Pieces(PieceDecoder),
     /// Tokens' texts, changed step by step, then joined.
     Steps(Vec<DecodeStep>),
 }
@@ -123,12 +126,26 @@ fn clean_up(text: &str) -> String {
 }
 
 /// Text of ids that come one by one: what may still become a character is held back.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct DecodeStream {
     held: Vec<u8>,
+    /// Whether every byte that is not UTF-8 becomes a replacement character, or each stretch of a cut character.
+    each_byte: bool,
+    /// Whether no text has come before.
+    pub(crate) is_start: bool,
+}
+
+impl Default for DecodeStream {
+    fn default() -> Self {
+        Self::new(false)
+    }
 }
 
 impl DecodeStream {
+    pub(crate) fn new(each_byte: bool) -> Self {
+        Self { held: Vec::new(), each_byte, is_start: true }
+    }
+
     /// The text that the bytes of one more token complete.
     pub fn push(&mut self, bytes: &[u8]) -> String {
         self.held.extend_from_slice(bytes);
@@ -147,7 +164,7 @@ impl DecodeStream {
                     done = valid;
                     // No length: the bytes may be the start of a character.
                     let Some(bad) = e.error_len() else { break };
-                    text.push('\u{fffd}');
+                    self.replace(bad, &mut text);
                     done += bad;
                 }
             }
@@ -158,7 +175,18 @@ impl DecodeStream {
 
     /// What is left: a replacement character for a character that never ended.
     pub fn finish(&mut self) -> String {
-        String::from_utf8_lossy(&std::mem::take(&mut self.held)).into_owned()
+        let held = std::mem::take(&mut self.held);
+        let mut text = String::new();
+        for chunk in held.utf8_chunks() {
+            text.push_str(chunk.valid());
+            self.replace(chunk.invalid().len(), &mut text);
+        }
+        text
+    }
+
+    fn replace(&self, bytes: usize, text: &mut String) {
+        let marks = if self.each_byte { bytes } else { bytes.min(1) };
+        text.extend(std::iter::repeat_n('\u{fffd}', marks));
     }
 }
 

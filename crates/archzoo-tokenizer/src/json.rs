@@ -11,15 +11,18 @@ use serde_json::{Map, Value};
 use crate::added::{Added, AddedToken};
 use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::byte_level;
+use crate::charsmap::Charsmap;
 use crate::decode::{DecodeStep, Decoder};
 use crate::error::{Error, Result};
-use crate::metaspace::{Metaspace, Prepend};
+use crate::metaspace::{self, Metaspace, Prepend};
 use crate::model::Model;
 use crate::normalize::Normalizer;
+use crate::sentencepiece::MARK;
 use crate::split::regex::{Behavior, Step};
 use crate::split::{DEEPSEEK, Family, GPT2, Splitter};
+use crate::tiktoken;
 use crate::tokenizer::Parts;
-use crate::unigram::Unigram;
+use crate::unigram::{Score, Unigram};
 use crate::vocab::{MOST_IDS, Vocab};
 use crate::wordpiece::WordPiece;
 
@@ -199,13 +202,24 @@ pub(crate) fn parts(file: File, made: Option<Bpe>) -> Result<Parts> {
     if file.version.as_deref().is_some_and(|v| v != "1.0") {
         return Err(Error::unsupported(format!("tokenizer.json of version {:?}", file.version)));
     }
-    let pre = pre_tokenizer(file.pre_tokenizer)?;
+    let mut pre = pre_tokenizer(file.pre_tokenizer)?;
     let normalizers: Vec<Normalizer> =
         flat(file.normalizer, "normalizers")?.into_iter().map(normalizer).collect::<Result<_>>()?;
     let model = match made {
         Some(bpe) => Model::Bpe(bpe),
         None => model(file.model, pre.byte_level)?,
     };
+    if let Model::Bpe(bpe) = &model
+        && bpe.starts_words_with(MARK)
+    {
+        match &mut pre.metaspace {
+            Some(metaspace) if metaspace.cut == metaspace::Cut::Nowhere => {
+                metaspace.cut = metaspace::Cut::Words
+            }
+            None if matches!(pre.splitter, Splitter::Whole) => pre.splitter = Splitter::Words(MARK),
+            _ => {}
+        }
+    }
     let (before, after) = post_processor(file.post_processor)?;
     let decoder = decoder(file.decoder)?;
     let (raw, normalized) = added_tokens(file.added_tokens, &model, &normalizers)?;
@@ -378,6 +392,13 @@ fn normalizer(mut f: Fields) -> Result<Normalizer> {
                 }
             }
         }
+        "Precompiled" => {
+            let map = f.text("precompiled_charsmap")?;
+            let content = tiktoken::base64(map.as_bytes()).ok_or_else(|| {
+                Error::new("the normalizer Precompiled has a precompiled_charsmap that is no base64")
+            })?;
+            Normalizer::Precompiled(Box::new(Charsmap::new(&content)?))
+        }
         "BertNormalizer" => {
             let lowercase = f.flag("lowercase", true)?;
             Normalizer::Bert {
@@ -430,7 +451,7 @@ fn pre_tokenizer(value: Option<Value>) -> Result<PreTokenizer> {
                 continue;
             }
             "Metaspace" => {
-                metaspace = Some(self::metaspace(f)?);
+                metaspace = Some(marks(f)?);
                 continue;
             }
             "Split" => Cut::Split(f.pattern()?, f.behavior()?, f.flag("invert", false)?),
@@ -497,7 +518,7 @@ fn splitter(cuts: Vec<Cut>) -> Result<Splitter> {
     Ok(Splitter::Steps(steps))
 }
 
-fn metaspace(mut f: Fields) -> Result<Metaspace> {
+fn marks(mut f: Fields) -> Result<Metaspace> {
     let mark = f.character("replacement")?;
     let old = f.flag("add_prefix_space", true)?;
     let prepend = match f.take("prepend_scheme") {
@@ -509,8 +530,8 @@ fn metaspace(mut f: Fields) -> Result<Metaspace> {
         value => return Err(f.wrong("prepend_scheme", &value)),
     };
     f.take("str_rep");
-    let split = f.flag("split", true)?;
-    f.end(Metaspace { mark, prepend, split })
+    let cut = if f.flag("split", true)? { metaspace::Cut::Marks } else { metaspace::Cut::Nowhere };
+    f.end(Metaspace { mark, prepend, cut })
 }
 
 fn model(file: ModelFile, byte_level: bool) -> Result<Model> {
@@ -628,7 +649,8 @@ fn wordpiece(mut f: Fields, tokens: &[(Cow<str>, u32)]) -> Result<Model> {
 fn unigram(mut f: Fields, tokens: &[(Cow<str>, f64)]) -> Result<Model> {
     let as_bytes: Vec<(&[u8], u32)> = tokens.iter().zip(0..).map(|((t, _), id)| (t.as_bytes(), id)).collect();
     let vocab = Vocab::new(&as_bytes, |_| true)?;
-    let scores = tokens.iter().map(|&(_, score)| score).collect();
+    let scores: Vec<f64> = tokens.iter().map(|&(_, score)| score).collect();
+    let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     let unknown = match f.take("unk_id") {
         Value::Null => None,
         value => match value.as_u64() {
@@ -637,7 +659,7 @@ fn unigram(mut f: Fields, tokens: &[(Cow<str>, f64)]) -> Result<Model> {
         },
     };
     let fallback = f.flag("byte_fallback", false)?.then(|| byte_tokens(&vocab));
-    f.end(Model::Unigram(Unigram { vocab, scores, unknown, fallback }))
+    f.end(Model::Unigram(Unigram::new(vocab, scores, least, unknown, fallback, Score::Double)))
 }
 
 /// Ids of `<0x00>` to `<0xFF>`.
@@ -715,7 +737,7 @@ fn decoder(value: Option<Value>) -> Result<Decoder> {
             "Fuse" => DecodeStep::Fuse,
             "Strip" => DecodeStep::Strip(f.character("content")?, f.number("start")?, f.number("stop")?),
             "Metaspace" => {
-                let metaspace = metaspace(f)?;
+                let metaspace = marks(f)?;
                 steps.push(DecodeStep::Metaspace(metaspace.mark, metaspace.prepend != Prepend::Never));
                 continue;
             }

@@ -6,6 +6,7 @@ mod bpe;
 mod byte_level;
 mod cache;
 mod cache_file;
+mod charsmap;
 mod chat;
 mod classes;
 mod decode;
@@ -17,7 +18,9 @@ mod merges;
 mod metaspace;
 mod model;
 mod normalize;
+mod sentencepiece;
 mod split;
+mod tekken;
 mod tiktoken;
 mod tokenizer;
 mod trie;
@@ -26,6 +29,8 @@ mod vocab;
 mod wordpiece;
 
 pub use added::{AddedToken, AllowedSpecial};
+#[cfg(fuzzing)]
+pub use cache_file::{encode_by, tables_of};
 pub use chat::render as render_chat;
 pub use decode::DecodeStream;
 pub use error::{Error, Result};

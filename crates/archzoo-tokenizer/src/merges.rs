@@ -13,6 +13,8 @@ use crate::vocab::MOST_IDS;
 
 /// No rank: the pair does not merge.
 pub const NONE: u32 = u32::MAX;
+/// In place of a rank's product: each of its pairs has its own.
+pub const TIED: u32 = u32::MAX;
 const ID_BITS: u32 = 21;
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
@@ -35,6 +37,8 @@ pub struct Merges {
     filter: Vec<u64>,
     /// The id that a rank gives.
     products: Vec<u32>,
+    /// Pairs of the ranks that give several, in order, and what each gives.
+    tied: Vec<(u64, u32)>,
 }
 
 const FILTER_BITS: u32 = 20;
@@ -46,7 +50,8 @@ impl Merges {
             return Err(Error::unsupported(format!("more than {} merges", (1 << RANK_BITS) - 1)));
         }
         let size = (2 * merges.len() + 2).next_power_of_two();
-        let mut table = Self { slots: vec![EMPTY; size], filter: vec![0; (1 << FILTER_BITS) / 64], products };
+        let filter = vec![0; (1 << FILTER_BITS) / 64];
+        let mut table = Self { slots: vec![EMPTY; size], filter, products, tied: Vec::new() };
         for &(left, right, rank) in merges {
             debug_assert!(left.max(right) < MOST_IDS as u32 && (rank as usize) < table.products.len());
             let key = pair(left, right);
@@ -87,9 +92,32 @@ impl Merges {
         }
     }
 
+    /// The same, where pairs (left, right, product) of the ranks whose product is [`TIED`] each have their own.
+    #[must_use]
+    pub fn with_ties(mut self, ties: impl IntoIterator<Item = (u32, u32, u32)>) -> Self {
+        self.tied = ties.into_iter().map(|(left, right, product)| (pair(left, right), product)).collect();
+        self.tied.sort_unstable();
+        self
+    }
+
     /// The id that a rank gives.
     pub fn product(&self, rank: u32) -> u32 {
         self.products[rank as usize]
+    }
+
+    /// The id that a pair of this rank gives.
+    #[inline(always)]
+    fn merged(&self, rank: u32, left: u32, right: u32) -> u32 {
+        match self.products[rank as usize] {
+            TIED => self.merged_tied(pair(left, right)),
+            product => product,
+        }
+    }
+
+    #[cold]
+    fn merged_tied(&self, pair: u64) -> u32 {
+        let found = self.tied.binary_search_by_key(&pair, |&(pair, _)| pair);
+        found.map_or(TIED, |at| self.tied[at].1)
     }
 
     /// Appends to `out` what `symbols` merge to.
@@ -166,7 +194,7 @@ impl Merges {
             if ids[i] == DEAD || next >= n || self.rank(ids[i], ids[next]) != rank {
                 continue;
             }
-            ids[i] = self.products[rank as usize];
+            ids[i] = self.merged(rank, ids[i], ids[next]);
             ids[next] = DEAD;
             after[i] = after[next];
             let following = after[next] as usize;
@@ -198,17 +226,22 @@ impl Table for Merges {
         out.longs(&self.slots);
         out.longs(&self.filter);
         out.words(&self.products);
+        out.longs(&self.tied.iter().map(|&(pair, _)| pair).collect::<Vec<_>>());
+        out.words(&self.tied.iter().map(|&(_, product)| product).collect::<Vec<_>>());
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
         let (slots, filter, products) = (from.longs()?, from.longs()?, from.words()?);
+        let (pairs, tied) = (from.longs()?, from.words()?);
         let is_table = slots.len().is_power_of_two() && slots.contains(&EMPTY);
         let rank = |slot: u64| slot as usize & ((1 << RANK_BITS) - 1);
         let all_there = slots.iter().all(|&slot| slot == EMPTY || rank(slot) < products.len());
-        (is_table && all_there && filter.len() == (1 << FILTER_BITS) / 64).then_some(Self {
+        let is_tied = pairs.len() == tied.len() && pairs.is_sorted();
+        (is_table && all_there && is_tied && filter.len() == (1 << FILTER_BITS) / 64).then_some(Self {
             slots,
             filter,
             products,
+            tied: pairs.into_iter().zip(tied).collect(),
         })
     }
 }
@@ -314,7 +347,7 @@ impl List {
         let at = least as usize & MASK;
         let next = usize::from(self.after[at]) & MASK;
         let following = usize::from(self.after[next]);
-        let id = merges.products[(least >> POSITION_BITS) as usize];
+        let id = merges.merged(least >> POSITION_BITS, self.ids[at], self.ids[next]);
         self.ids[at] = id;
         self.keys[next] = NONE;
         self.after[at] = following as u16;
@@ -389,7 +422,7 @@ mod tests {
             let ranks = ids.windows(2).enumerate().map(|(i, p)| (merges.rank(p[0], p[1]), i));
             match ranks.min() {
                 Some((rank, i)) if rank != NONE => {
-                    ids[i] = merges.products[rank as usize];
+                    ids[i] = merges.merged(rank, ids[i], ids[i + 1]);
                     ids.remove(i + 1);
                 }
                 _ => return ids,
@@ -397,10 +430,11 @@ mod tests {
         }
     }
 
-    /// Merges over few symbols; with `backwards` parts may come from later merges, as no training makes them.
-    fn table(picks: &[(u32, u32)], symbols: u32, backwards: bool) -> Merges {
+    /// Merges over few symbols; with `backwards` parts may come from later merges, as no training makes them. So many
+    /// neighbouring merges as `ties` have one rank.
+    fn table(picks: &[(u32, u32)], symbols: u32, backwards: bool, ties: u32) -> Merges {
         let n = picks.len() as u32;
-        let merges: Vec<_> = picks
+        let mut merges: Vec<_> = picks
             .iter()
             .zip(0..)
             .map(|(&(a, b), i)| {
@@ -408,7 +442,14 @@ mod tests {
                 (a % known, b % known, i)
             })
             .collect();
-        Merges::new(&merges, (symbols..symbols + n).collect()).unwrap()
+        if ties == 1 {
+            return Merges::new(&merges, (symbols..symbols + n).collect()).unwrap();
+        }
+        let mut seen = std::collections::HashSet::new();
+        merges.retain(|&(a, b, _)| seen.insert((a, b)));
+        let ranked: Vec<_> = merges.iter().map(|&(a, b, i)| (a, b, i / ties)).collect();
+        let products = vec![TIED; (n / ties + 1) as usize];
+        Merges::new(&ranked, products).unwrap().with_ties(merges.iter().map(|&(a, b, i)| (a, b, symbols + i)))
     }
 
     proptest! {
@@ -417,11 +458,12 @@ mod tests {
         fn every_length_is_the_definition(
             picks in prop::collection::vec(any::<(u32, u32)>(), 0..60),
             backwards in any::<bool>(),
+            ties in prop_oneof![2 => 1..2u32, 1 => 2..20u32],
             kinds in 1..4u32,
             length in prop_oneof![0..40usize, 100..150usize, 200..1500usize],
             seed in any::<u64>(),
         ) {
-            let merges = table(&picks, kinds, backwards);
+            let merges = table(&picks, kinds, backwards, ties);
             let mut state = seed;
             let symbols: Vec<u32> = (0..length)
                 .map(|_| {

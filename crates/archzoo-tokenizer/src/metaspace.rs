@@ -1,5 +1,6 @@
 use crate::error::Result;
 use crate::model::Encoder;
+use crate::sentencepiece::MARK;
 use crate::split::{BATCH, Sink, Splitter};
 
 /// Blanks written as a mark, and the mark put before a text.
@@ -9,8 +10,19 @@ pub struct Metaspace {
     pub mark: char,
     /// When the mark is put before a text that does not start with it.
     pub prepend: Prepend,
-    /// Whether each mark starts a piece.
-    pub split: bool,
+    /// Where text is cut.
+    pub cut: Cut,
+}
+
+/// Where text is cut into pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// Nowhere.
+    Nowhere,
+    /// Before each mark.
+    Marks,
+    /// Before each run of SentencePiece's mark, where that changes nothing.
+    Words,
 }
 
 /// When the mark is put before a text.
@@ -55,7 +67,7 @@ impl Sink for Marked<'_, '_> {
 
 impl Marked<'_, '_> {
     fn piece(&mut self, piece: &str, is_first: bool) -> Result<()> {
-        let Metaspace { mark, prepend, split } = *self.metaspace;
+        let Metaspace { mark, prepend, cut } = *self.metaspace;
         let mut buffer = [0; 4];
         let mark: &str = mark.encode_utf8(&mut buffer);
         let mut text = piece.replace(' ', mark);
@@ -63,8 +75,10 @@ impl Marked<'_, '_> {
         if wanted && !text.starts_with(mark) {
             text.insert_str(0, mark);
         }
-        if !split {
-            return self.encoder.take(text.as_bytes(), &[(0, text.len())]);
+        match cut {
+            Cut::Nowhere => return Splitter::Whole.split(&text, self.encoder),
+            Cut::Words => return Splitter::Words(MARK).split(&text, self.encoder),
+            Cut::Marks => {}
         }
         let starts = text.match_indices(mark).map(|(at, _)| at).filter(|&at| at > 0);
         let mut pieces = Vec::with_capacity(BATCH);

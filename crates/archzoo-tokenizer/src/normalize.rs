@@ -5,6 +5,9 @@ use unicode_categories::UnicodeCategories;
 use unicode_normalization::char::is_combining_mark;
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
+use crate::charsmap::Charsmap;
+use crate::sentencepiece::Spec;
+
 /// A change of the text before it is cut into pieces.
 #[derive(Debug, Clone)]
 pub enum Normalizer {
@@ -33,6 +36,10 @@ pub enum Normalizer {
     ReplaceText(String, String),
     /// Matches replaced.
     ReplaceRegex(Box<Regex>, String),
+    /// What a table that SentencePiece has compiled says.
+    Precompiled(Box<Charsmap>),
+    /// What a SentencePiece file says.
+    SentencePiece(Box<Spec>),
     /// What BERT does.
     Bert {
         /// Controls removed, white space made blanks.
@@ -76,6 +83,8 @@ impl Normalizer {
                 // The content is text, never a template with groups.
                 regex.replace_all(&text, fancy_regex::NoExpand(to)).into_owned().into()
             }
+            Self::Precompiled(charsmap) => charsmap.replace_clusters(&text).into(),
+            Self::SentencePiece(spec) => spec.apply(&text).into(),
             Self::Bert { clean_text, chinese, strip_accents, lowercase } => {
                 let mut text: String = text.into_owned();
                 if *clean_text {

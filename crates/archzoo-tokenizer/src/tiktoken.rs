@@ -27,7 +27,18 @@ pub(crate) fn read(content: &[u8], pattern: &str) -> Result<Parts> {
     if tokens.is_empty() {
         return Err(Error::new("no tokens"));
     }
-    let vocab = Vocab::new(&tokens, |_| true)?;
+    parts_of(pattern, model(&tokens)?)
+}
+
+/// The parts of a tokenizer with this pattern and a model that an earlier [`read`] has made.
+pub(crate) fn parts_of(pattern: &str, model: Bpe) -> Result<Parts> {
+    let special = special_tokens(pattern, model.vocab.len() as u32);
+    parts(pattern, model, Added::new(special)?)
+}
+
+/// A model of tokens with their ids, which are in the order of their ranks.
+pub(crate) fn model(tokens: &[(Vec<u8>, u32)]) -> Result<Bpe> {
+    let vocab = Vocab::new(tokens, |_| true)?;
     let mut bytes = Box::new([MISSING; 256]);
     for byte in 0..=255u8 {
         bytes[usize::from(byte)] = vocab
@@ -37,19 +48,18 @@ pub(crate) fn read(content: &[u8], pattern: &str) -> Result<Parts> {
     let (merges, products) = (merges(&vocab), (0..vocab.len() as u32).collect());
     let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges, products)?;
     model.ignore_merges = true;
-    parts(pattern, model)
+    Ok(model)
 }
 
-/// The parts of a tokenizer with this pattern and model.
-pub(crate) fn parts(pattern: &str, model: Bpe) -> Result<Parts> {
-    let special = special_tokens(pattern, model.vocab.len() as u32);
+/// The parts of a tokenizer with this pattern, model and special tokens.
+pub(crate) fn parts(pattern: &str, model: Bpe, special: Added) -> Result<Parts> {
     let splitter = match family(pattern) {
         Some(family) => Splitter::Family(family),
         // Matches are the pieces, the text between them is dropped.
         None => Splitter::Steps(vec![Step::regex(pattern, Behavior::Removed, true)?]),
     };
     Ok(Parts {
-        raw: Added::new(special)?,
+        raw: special,
         normalized: Added::default(),
         normalizers: Vec::new(),
         prefix_blank: false,
@@ -79,7 +89,8 @@ fn entry(line: &[u8]) -> Option<(Vec<u8>, u32)> {
     Some((base64(&line[..blank])?, rank))
 }
 
-fn base64(text: &[u8]) -> Option<Vec<u8>> {
+/// Bytes written in base64, at least one.
+pub(crate) fn base64(text: &[u8]) -> Option<Vec<u8>> {
     let digits = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
     let mut out = Vec::with_capacity(digits.len() * 3 / 4);
     let (mut bits, mut count) = (0u32, 0);

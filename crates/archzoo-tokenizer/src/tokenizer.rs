@@ -8,13 +8,14 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use crate::added::{Added, AddedToken, AllowedSpecial, Section};
-use crate::decode::{self, DecodeStep, Decoder};
+use crate::decode::{self, DecodeStep, DecodeStream, Decoder};
 use crate::error::{Error, Result};
 use crate::metaspace::Metaspace;
 use crate::model::{Encoder, Model, Scratch};
 use crate::normalize::Normalizer;
+use crate::sentencepiece::PieceDecoder;
 use crate::split::{Sink, Splitter};
-use crate::{cache_file, gguf, json, tiktoken};
+use crate::{cache_file, gguf, json, sentencepiece, tekken, tiktoken};
 
 /// A tokenizer, ready for any number of threads.
 pub struct Tokenizer {
@@ -47,6 +48,8 @@ pub(crate) struct Parts {
 enum Source<'a> {
     Json(&'a [u8]),
     Gguf(&'a [u8]),
+    SentencePiece(&'a [u8]),
+    Tekken(&'a [u8]),
     /// With its pattern.
     Ranks(&'a [u8], &'a str),
 }
@@ -55,13 +58,17 @@ impl<'a> Source<'a> {
     fn of(content: &'a [u8], pattern: Option<&'a str>) -> Result<Self> {
         let source = if content.starts_with(&gguf::MAGIC) {
             Self::Gguf(content)
+        } else if sentencepiece::is_model(content) {
+            Self::SentencePiece(content)
+        } else if tekken::is_tekken(content) {
+            Self::Tekken(content)
         } else if content.trim_ascii_start().first() == Some(&b'{') {
             Self::Json(content)
         } else if let Some(pattern) = pattern {
             return Ok(Self::Ranks(content, pattern));
         } else {
             return Err(Error::new(format!(
-                "no tokenizer.json and no GGUF file; a tiktoken rank file needs `pattern`, one of {}",
+                "no tokenizer.json, GGUF, SentencePiece or Tekken file; a tiktoken rank file needs `pattern`, one of {}",
                 tiktoken::NAMES.join(", ")
             )));
         };
@@ -75,6 +82,8 @@ impl<'a> Source<'a> {
         match self {
             Self::Json(content) => json::read(content),
             Self::Gguf(content) => gguf::read(content),
+            Self::SentencePiece(content) => sentencepiece::read(content),
+            Self::Tekken(content) => tekken::read(content),
             Self::Ranks(content, pattern) => tiktoken::read(content, pattern),
         }
     }
@@ -84,7 +93,7 @@ impl<'a> Source<'a> {
         match self {
             Self::Json(content) => json::around(content),
             Self::Gguf(content) => gguf::around(content),
-            Self::Ranks(..) => Ok(String::new()),
+            Self::SentencePiece(_) | Self::Tekken(_) | Self::Ranks(..) => Ok(String::new()),
         }
     }
 }
@@ -144,8 +153,8 @@ pub struct Ragged {
 const TASK_BYTES: usize = 1 << 15;
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`, a GGUF file's vocabulary, or a tiktoken rank file with the name of its pattern (or
-    /// the pattern itself).
+    /// Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken, or a tiktoken
+    /// rank file with the name of its pattern (or the pattern itself).
     pub fn from_file(path: &Path, pattern: Option<&str>) -> Result<Self> {
         Self::from_bytes(&read(path)?, pattern).map_err(|e| e.in_file(path))
     }
@@ -163,7 +172,9 @@ impl Tokenizer {
         let file = cache_file::path(folder, &hash);
         if let Some((around, model)) = cache_file::read(&file, &hash) {
             let parts = match source {
-                Source::Ranks(_, pattern) => tiktoken::parts(pattern, model),
+                Source::Ranks(_, pattern) => tiktoken::parts_of(pattern, model),
+                Source::Tekken(content) => tekken::parts(content, Some(model)),
+                Source::SentencePiece(content) => sentencepiece::parts(content, Some(model)),
                 Source::Json(_) | Source::Gguf(_) => json::read_around(&around, model),
             };
             return parts.map(|parts| Self::new(parts, hash)).map_err(|e| e.in_file(path));
@@ -191,9 +202,27 @@ impl Tokenizer {
         self.parts.raw.tokens().iter().chain(self.parts.normalized.tokens())
     }
 
-    /// Whether the text of ids is that of their tokens' bytes, whatever comes before.
-    pub fn joins_bytes(&self) -> bool {
-        matches!(self.parts.decoder, Decoder::Bytes)
+    /// For [`Self::decode_next`]: none if the text of a token depends on more than whether it is the first.
+    pub fn stream(&self) -> Option<DecodeStream> {
+        match self.parts.decoder {
+            Decoder::Bytes => Some(DecodeStream::new(false)),
+            Decoder::Pieces(_) => Some(DecodeStream::new(true)),
+            Decoder::Steps(_) => None,
+        }
+    }
+
+    /// The text that one more id completes; all ids together give what [`Self::decode`] does.
+    pub fn decode_next(
+        &self,
+        id: u32,
+        skip_special_tokens: bool,
+        stream: &mut DecodeStream,
+    ) -> Result<String> {
+        let bytes = match &self.parts.decoder {
+            Decoder::Pieces(pieces) => self.piece_bytes(pieces, &[id], &mut stream.is_start)?,
+            _ => self.decode_bytes(&[id], skip_special_tokens)?,
+        };
+        Ok(stream.push(&bytes))
     }
 
     /// A hash of the file and the pattern, in hexadecimal.
@@ -380,6 +409,7 @@ impl Tokenizer {
                 self.each_token(ids, skip_special_tokens, |token| bytes.extend_from_slice(token))?;
                 Ok(bytes)
             }
+            Decoder::Pieces(pieces) => self.piece_bytes(pieces, ids, &mut true),
             Decoder::Steps(steps) => self.run_steps(steps, ids, skip_special_tokens).map(String::into_bytes),
         }
     }
@@ -392,8 +422,23 @@ impl Tokenizer {
                 Ok(String::from_utf8(bytes)
                     .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
             }
+            Decoder::Pieces(pieces) => {
+                let mut stream = DecodeStream::new(true);
+                let text = stream.push(&self.piece_bytes(pieces, ids, &mut true)?);
+                Ok(text + &stream.finish())
+            }
             Decoder::Steps(steps) => self.run_steps(steps, ids, skip_special_tokens),
         }
+    }
+
+    fn piece_bytes(&self, pieces: &PieceDecoder, ids: &[u32], is_start: &mut bool) -> Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(4 * ids.len());
+        for &id in ids {
+            let token = self.parts.model.vocab().bytes(id);
+            let token = token.ok_or_else(|| decode::unknown_id(id, self.vocab_size()))?;
+            pieces.decode(id, token, is_start, &mut bytes);
+        }
+        Ok(bytes)
     }
 
     fn run_steps(&self, steps: &[DecodeStep], ids: &[u32], skip_special_tokens: bool) -> Result<String> {

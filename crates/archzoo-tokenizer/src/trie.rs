@@ -94,6 +94,23 @@ impl Trie {
         }
         (token, length)
     }
+
+    /// Calls `take` with every token that `text` starts with and its length, the shortest first.
+    #[inline(always)]
+    pub fn prefixes(&self, text: &[u8], mut take: impl FnMut(u32, usize)) {
+        let mut base = self.root;
+        for (i, &byte) in text.iter().enumerate() {
+            let slot = self.slots[(base ^ u32::from(byte)) as usize];
+            if slot & ((1 << LABEL_BITS) - 1) != TAKEN | u64::from(byte) {
+                return;
+            }
+            let id = (slot >> TOKEN_SHIFT) as u32;
+            if id > 0 {
+                take(id - 1, i + 1);
+            }
+            base = (slot >> LABEL_BITS) as u32;
+        }
+    }
 }
 
 impl Table for Trie {
@@ -264,6 +281,11 @@ mod tests {
             for start in 0..text.len() {
                 let expected = search(&text[start..], usize::MAX).map_or((0, 0), |(t, id)| (*id, t.len()));
                 prop_assert_eq!(trie.longest(&text[start..]), expected);
+                let mut found = Vec::new();
+                trie.prefixes(&text[start..], |id, length| found.push((length, id)));
+                let lengths = 1..=text.len() - start;
+                let all = lengths.filter_map(|n| search(&text[start..start + n], n + 1).filter(|(t, _)| t.len() == n));
+                prop_assert_eq!(found, all.map(|(t, id)| (t.len(), *id)).collect::<Vec<_>>());
             }
             for (token, id) in &listed {
                 prop_assert_eq!(trie.longest(token), (*id, token.len()));

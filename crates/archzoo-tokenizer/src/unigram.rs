@@ -1,77 +1,150 @@
+use crate::bpe::MISSING;
+use crate::trie::Trie;
 use crate::vocab::Vocab;
 
-/// Unigram: the tokens whose scores have the largest sum.
+/// Unigram: the tokens whose scores have the largest sum; of equal sums the one whose last token is longest.
 #[derive(Debug, Clone)]
 pub struct Unigram {
     /// The tokens.
     pub vocab: Vocab,
+    trie: Trie,
     /// The log probability of each id.
-    pub scores: Vec<f64>,
+    scores: Vec<f64>,
+    /// Of a character without a token.
+    unknown_score: f64,
     /// Stands for characters without a token.
-    pub unknown: Option<u32>,
+    unknown: Option<u32>,
     /// Ids of the byte tokens, if a character without a token becomes its bytes.
-    pub fallback: Option<Box<[u32; 256]>>,
+    fallback: Option<Box<[u32; 256]>>,
+    precision: Score,
+}
+
+/// How sums of scores are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Score {
+    /// As `tokenizers` does.
+    Double,
+    /// As SentencePiece 0.2.3 does: to single precision after each token, from 0 again beyond [`MOST_SUM`].
+    Single,
 }
 
 /// How much less likely than the least likely token an unknown character is.
 const UNKNOWN_PENALTY: f64 = 10.0;
+const MOST_SUM: f64 = 100_000.0;
+/// Nothing ends here.
+const NOWHERE: u32 = u32::MAX;
 
 /// The best tokens up to a position: their score, where the last starts, and its id.
 #[derive(Clone, Copy)]
 struct Best {
     score: f64,
-    start: usize,
-    id: Option<u32>,
+    start: u32,
+    /// [`MISSING`] for an unknown character.
+    id: u32,
 }
 
 impl Unigram {
+    /// A model of tokens and their scores, of which `least` counts as the least.
+    pub fn new(
+        vocab: Vocab,
+        scores: Vec<f64>,
+        least: f64,
+        unknown: Option<u32>,
+        fallback: Option<Box<[u32; 256]>>,
+        precision: Score,
+    ) -> Self {
+        let ids = 0..vocab.len() as u32;
+        let tokens: Vec<(&[u8], u32)> = ids
+            .filter_map(|id| Some((vocab.bytes(id)?, id)))
+            .filter(|(t, id)| vocab.get(t) == Some(*id))
+            .collect();
+        let trie = Trie::new(&tokens, |_, _| {});
+        let unknown_score = rounded(least - UNKNOWN_PENALTY, precision);
+        Self { vocab, trie, scores, unknown_score, unknown, fallback, precision }
+    }
+
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let unknown_score = self.scores.iter().copied().fold(f64::INFINITY, f64::min) - UNKNOWN_PENALTY;
-        let mut best: Vec<Option<Best>> = vec![None; piece.len() + 1];
-        best[0] = Some(Best { score: 0.0, start: 0, id: None });
+        let mut best = vec![Best { score: 0.0, start: NOWHERE, id: MISSING }; piece.len() + 1];
+        // Where the last token so far ends.
+        let mut frontier = 0;
         let mut start = 0;
         while start < piece.len() {
-            let here = best[start].map_or(f64::NEG_INFINITY, |b| b.score);
+            if self.precision == Score::Single && best[start].score.abs() > MOST_SUM {
+                rebase(&mut best[start..=frontier]);
+            }
+            let here = best[start].score;
             let length = crate::classes::decode(piece, start).1.min(piece.len() - start);
             let mut has_single = false;
-            let longest = self.vocab.longest().min(piece.len() - start);
-            for end in start + 1..=start + longest {
-                let Some(id) = self.vocab.get(&piece[start..end]) else { continue };
-                has_single |= end == start + length;
-                offer(&mut best[end], Best { score: here + self.scores[id as usize], start, id: Some(id) });
-            }
+            self.trie.prefixes(&piece[start..], |id, token| {
+                has_single |= token == length;
+                frontier = frontier.max(start + token);
+                self.offer(&mut best[start + token], start, id, here + self.scores[id as usize]);
+            });
             if !has_single {
-                offer(&mut best[start + length], Best { score: here + unknown_score, start, id: None });
+                frontier = frontier.max(start + length);
+                self.offer(&mut best[start + length], start, MISSING, here + self.unknown_score);
             }
             start += length;
         }
-        let mut tokens: Vec<(Option<u32>, (usize, usize))> = Vec::new();
+        let first = out.len();
+        let mut unknown_end = None;
         let mut end = piece.len();
         while end > 0 {
-            let Some(token) = best[end] else { break };
-            // Neighbouring unknown characters are one.
-            match (token.id, tokens.last_mut()) {
-                (None, Some((None, range))) => *range = (token.start, range.1),
-                (id, _) => tokens.push((id, (token.start, end))),
+            let Best { start, id, .. } = best[end];
+            if start == NOWHERE {
+                break;
             }
-            end = token.start;
-        }
-        for &(id, (start, end)) in tokens.iter().rev() {
-            let bytes = &piece[start..end];
-            match (id, &self.fallback) {
-                (Some(id), _) => out.push(id),
-                (None, Some(ids)) if bytes.iter().all(|&b| ids[usize::from(b)] != crate::bpe::MISSING) => {
-                    out.extend(bytes.iter().map(|&b| ids[usize::from(b)]));
+            if id == MISSING || Some(id) == self.unknown {
+                unknown_end.get_or_insert(end);
+            } else {
+                if let Some(unknown_end) = unknown_end.take() {
+                    self.unknown(&piece[end..unknown_end], out);
                 }
-                (None, _) => out.extend(self.unknown),
+                out.push(id);
             }
+            end = start as usize;
+        }
+        if let Some(unknown_end) = unknown_end {
+            self.unknown(&piece[..unknown_end], out);
+        }
+        out[first..].reverse();
+    }
+
+    #[inline(always)]
+    fn offer(&self, best: &mut Best, start: usize, id: u32, score: f64) {
+        let score = rounded(score, self.precision);
+        if best.start == NOWHERE || score > best.score {
+            *best = Best { score, start: start as u32, id };
+        }
+    }
+
+    /// Appends the ids of neighbouring unknown characters, which are one, from the last on.
+    fn unknown(&self, text: &[u8], out: &mut Vec<u32>) {
+        if let Some(id) = self.vocab.get(text) {
+            out.push(id);
+            return;
+        }
+        match &self.fallback {
+            Some(ids) if text.iter().all(|&b| ids[usize::from(b)] != MISSING) => {
+                out.extend(text.iter().rev().map(|&b| ids[usize::from(b)]));
+            }
+            _ => out.extend(self.unknown),
         }
     }
 }
 
-fn offer(best: &mut Option<Best>, candidate: Best) {
-    if best.is_none_or(|b| candidate.score > b.score) {
-        *best = Some(candidate);
+/// Takes the first sum off all.
+fn rebase(best: &mut [Best]) {
+    let offset = best.first().map_or(0.0, |first| first.score);
+    for best in best.iter_mut().filter(|best| best.start != NOWHERE) {
+        best.score = rounded(best.score - offset, Score::Single);
+    }
+}
+
+fn rounded(score: f64, precision: Score) -> f64 {
+    match precision {
+        Score::Double => score,
+        Score::Single => f64::from(score as f32),
     }
 }

@@ -95,11 +95,6 @@ impl Vocab {
         self.ends.len()
     }
 
-    /// Bytes of the longest token that `get` knows.
-    pub fn longest(&self) -> usize {
-        self.longest
-    }
-
     /// Number of tokens that `get` knows.
     pub fn found(&self) -> usize {
         self.found

@@ -37,6 +37,8 @@ pub const SPLIT_PATTERNS: [(&str, &str); 5] =
 pub enum Splitter {
     /// Not at all.
     Whole,
+    /// Before every run of a mark.
+    Words(&'static str),
     /// A hand-written pre-tokenizer.
     Family(Family),
     /// Any other: step after step.
@@ -95,7 +97,7 @@ impl Splitter {
     /// Whether all text is in some piece.
     pub fn keeps_all(&self) -> bool {
         match self {
-            Self::Whole | Self::Family(_) => true,
+            Self::Whole | Self::Words(_) | Self::Family(_) => true,
             Self::Steps(steps) => !steps.iter().any(Step::removes),
         }
     }
@@ -105,6 +107,7 @@ impl Splitter {
         match self {
             Self::Whole if text.is_empty() => Ok(()),
             Self::Whole => sink.take(text.as_bytes(), &[(0, text.len())]),
+            Self::Words(mark) => split_words(mark, text, sink),
             Self::Family(family) => split_family(*family, text.as_bytes(), sink),
             Self::Steps(steps) => {
                 let mut pieces = vec![(0, text.len())];
@@ -116,6 +119,29 @@ impl Splitter {
             }
         }
     }
+}
+
+fn split_words(mark: &str, text: &str, sink: &mut impl Sink) -> Result<()> {
+    let mut batch = [(0, 0); BATCH];
+    // Where the piece starts, where its marks end, and the number of pieces in the batch.
+    let (mut start, mut marks_end, mut count) = (0, 0, 0);
+    for (at, _) in text.match_indices(mark) {
+        if at > marks_end {
+            batch[count] = (start, at);
+            count += 1;
+            start = at;
+            if count == BATCH {
+                sink.take(text.as_bytes(), &batch)?;
+                count = 0;
+            }
+        }
+        marks_end = at + mark.len();
+    }
+    if start < text.len() {
+        batch[count] = (start, text.len());
+        count += 1;
+    }
+    sink.take(text.as_bytes(), &batch[..count])
 }
 
 /// Hands over all pieces of a window at once, and where there is none, or no start in it, some of them by `next`.
