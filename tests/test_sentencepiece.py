@@ -1,4 +1,4 @@
-"""SentencePiece and Tekken files, and the forms that `tokenizer.json` has of them, beside their own libraries."""
+"""SentencePiece and Tekken files, and such models in a `tokenizer.json`, beside their own libraries."""
 
 from __future__ import annotations
 
