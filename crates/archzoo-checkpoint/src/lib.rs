@@ -30,12 +30,11 @@ mod stream;
 mod writer;
 
 pub use container::{compress, decompress};
-pub use dequantize::Kind;
 pub use dfloat11::{Buffers, Encoded, decode_dfloat11, encode_dfloat11};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
-pub use gguf::{Array, Gguf, GgufHead, GgufTensor, Value};
+pub use gguf::{Gguf, gguf_dtype};
 pub use header::{Header, TensorInfo};
 pub use read::Request;
 pub use reader::{Reader, parse_index};

@@ -143,7 +143,8 @@ fn write_shard(
     }
     let mut stored = Vec::with_capacity(tensors.len());
     let mut write = || {
-        let mut stream = Stream::create(path)?;
+        let most = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum::<u64>() + 8 + length as u64;
+        let mut stream = Stream::create(path, if compress { 0 } else { most })?;
         stream.write(&vec![0; 8 + length])?;
         for tensor in tensors {
             let compressed = if compress { crate::compress(tensor.dtype, tensor.bytes) } else { None };

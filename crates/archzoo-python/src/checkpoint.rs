@@ -16,7 +16,7 @@ pyo3::create_exception!(
     "A checkpoint that cannot be read or written: names the file, the tensor, what was expected and found."
 );
 
-fn to_python(error: Error) -> PyErr {
+pub fn to_python(error: Error) -> PyErr {
     CheckpointError::new_err(error.to_string())
 }
 
