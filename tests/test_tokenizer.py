@@ -537,7 +537,7 @@ def test_gguf(files: dict[str, Path], tmp_path: Path) -> None:
     ):
         with pytest.raises(TokenizerError, match=message):
             Tokenizer.from_file(gguf(tmp_path / "other.gguf", {**values, **change}))
-    with pytest.raises(TokenizerError, match="version 2 or 3, .*found 1"):
+    with pytest.raises(TokenizerError, match=r"version 2 or 3, .*found 1"):
         Tokenizer.from_file(gguf(tmp_path / "other.gguf", values, version=1))
     for cut in (5, 20, 100, 1_500_000, len(whole) - 200):
         (tmp_path / "cut.gguf").write_bytes(whole[:cut])

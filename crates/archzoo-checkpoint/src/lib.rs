@@ -38,7 +38,7 @@ pub use gguf::{Gguf, gguf_dtype};
 pub use header::{Header, TensorInfo};
 pub use read::Request;
 pub use reader::{Reader, parse_index};
-pub use writer::{Tensor, save};
+pub use writer::{Elements, Tensor, save};
 
 /// The file of an unsharded checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
