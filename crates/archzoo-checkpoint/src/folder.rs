@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, FlockOperation, accessat, flock};
 use rustix::io::Errno;
 
-use crate::writer::sync_folder;
+use crate::writer::sync;
 use crate::{Error, INDEX_FILE, MANIFEST_FILE, Result};
 
 /// Builds a folder beside its final place and puts it there in one step.
@@ -71,9 +71,9 @@ impl FolderWriter {
                 fs::metadata(&self.target).map_err(Error::io(&self.target, "read"))?.permissions();
             fs::set_permissions(&self.temporary, permissions).map_err(Error::io(&self.temporary, "write"))?;
         }
-        sync_folder(&self.temporary)?;
+        sync(&self.temporary)?;
         publish(&self.temporary, &self.target)?;
-        sync_folder(self.target.parent().unwrap_or(Path::new("/")))
+        sync(self.target.parent().unwrap_or(Path::new("/")))
         // Dropping removes what now stands in the temporary place: the older folder.
     }
 
@@ -199,7 +199,7 @@ fn carry_over(old: &Path, new: &Path, left_out: &dyn Fn(&OsStr) -> bool) -> Resu
                 carry_over(&from, &to, &|_| false)?;
                 let permissions = entry.metadata().map_err(Error::io(&from, "read"))?.permissions();
                 fs::set_permissions(&to, permissions).map_err(Error::io(&to, "write"))?;
-                sync_folder(&to)?;
+                sync(&to)?;
             }
             Err(_) => link_or_copy(&from, &to).map_err(Error::io(&from, "carry over"))?,
         }
@@ -234,10 +234,10 @@ fn sync_tree(folder: &Path) -> Result<()> {
         if kind.is_dir() {
             sync_tree(&path)?;
         } else if kind.is_file() {
-            sync_folder(&path)?;
+            sync(&path)?;
         }
     }
-    sync_folder(folder)
+    sync(folder)
 }
 
 /// Puts `new` in the place of `target`. An older folder ends in the place of `new`.

@@ -34,16 +34,21 @@ impl Stream {
         self.file.write_all(bytes)?;
         self.written += bytes.len() as u64;
         if self.written - self.started >= STEP {
-            start(&self.file, self.started, self.written - self.started);
-            self.started = self.written;
+            self.start();
         }
         Ok(())
     }
 
     /// The file with everything written, not yet through to the disk.
-    pub(crate) fn finish(self) -> io::Result<File> {
+    pub(crate) fn finish(mut self) -> io::Result<File> {
         self.file.set_len(self.written)?;
+        self.start();
         Ok(self.file)
+    }
+
+    fn start(&mut self) {
+        start(&self.file, self.started, self.written - self.started);
+        self.started = self.written;
     }
 }
 

@@ -100,6 +100,10 @@ pub fn save(
     let written = spread((0..shards.len()).collect(), size, |i| {
         Ok((file_name(i), write_shard(&folder.join(file_name(i)), &shards[i], metadata, compress)?))
     })?;
+    // At the end: a thread that waits for its shard gives the disk nothing to do in the meantime.
+    for (name, _) in &written {
+        sync(&folder.join(name))?;
+    }
     let mut entries: BTreeMap<String, Entry> = written.into_iter().collect();
     if shards.len() > 1 {
         let weight_map: BTreeMap<&str, String> = shards
@@ -113,7 +117,7 @@ pub fn save(
         entries.insert(INDEX_FILE.to_owned(), write(&folder.join(INDEX_FILE), pretty(&index))?);
     }
     write(&folder.join(MANIFEST_FILE), pretty(&Manifest::new(entries)))?;
-    sync_folder(folder)
+    sync(folder)
 }
 
 /// Tensors of each shard, in the order of their bytes in the file.
@@ -146,7 +150,7 @@ struct Stored {
     is_compressed: bool,
 }
 
-/// Writes a shard and returns its entry in the manifest.
+/// Writes a shard, not yet through to the disk, and returns its entry in the manifest.
 fn write_shard(
     path: &Path,
     tensors: &[Tensor],
@@ -184,7 +188,7 @@ fn write_shard(
     let mut head = (length as u64).to_le_bytes().to_vec();
     head.extend(json(&stored)?);
     head.resize(8 + length, b' ');
-    file.write_all_at(&head, 0).and_then(|()| file.sync_all()).map_err(failed())?;
+    file.write_all_at(&head, 0).map_err(failed())?;
     let bytes = head.len() as u64 + stored.iter().map(|stored| stored.bytes).sum::<u64>();
     Ok(Entry::new(bytes, &head))
 }
@@ -256,8 +260,7 @@ fn write(path: &Path, content: io::Result<Vec<u8>>) -> Result<Entry> {
     write().map_err(Error::io(path, "write"))
 }
 
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(Error::io(folder, "write through to disk"))
+/// Waits until a file or the list of a folder is on the disk.
+pub(crate) fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path, "write through to disk"))
 }
