@@ -118,8 +118,7 @@ def sync(path: Path) -> None:
 def durable_writes(tensors: list[Tensor], folder: Path, threads: int = 2, step: int = 32 << 20) -> None:
     """What the disk allows: the tensors' memory into files whose space is taken first, then fsync.
 
-    Pages are handed to the disk while more are written; where it was tried that was as fast as O_DIRECT at its
-    best.
+    Pages are handed to the disk while more are written: where it was tried, as fast as O_DIRECT at its best.
     """
 
     def work(thread: int) -> None:

@@ -19,7 +19,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file: X + suffix, whose dims are dims of weight X, `step` elements each, then `inner`."""
+    """Tensor X + suffix of the file: its dims are dims of weight X, `step` elements each, then `inner`."""
 
     suffix: str
     axes: tuple[tuple[int, int], ...]
