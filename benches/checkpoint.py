@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import shutil
@@ -30,7 +31,9 @@ from torch import Tensor
 
 import archzoo
 from archzoo import checkpoint
+from archzoo.checkpoint import Rank
 from archzoo.checkpoint.shards import bytes_of
+from archzoo.model import skeleton
 
 Runs = dict[str, Callable[[], object]]
 
@@ -104,6 +107,37 @@ def drop(folder: Path) -> None:
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def durable_writes(tensors: list[Tensor], folder: Path, threads: int = 2, step: int = 32 << 20) -> None:
+    """What the disk allows: the tensors' memory into files whose space is taken first, then fsync.
+
+    Pages are handed to the disk while more are written: where it was tried, as fast as O_DIRECT at its best.
+    """
+
+    def work(thread: int) -> None:
+        mine = tensors[thread::threads]
+        handle = os.open(folder / str(thread), os.O_WRONLY | os.O_CREAT)
+        os.posix_fallocate(handle, 0, sum(tensor.nbytes for tensor in mine))
+        done = told = 0
+        for tensor in mine:
+            memory, start = memoryview(bytes_of(tensor)), done
+            while done < start + len(memory):
+                done += os.write(handle, memory[done - start :])
+            if done - told >= step:
+                os.posix_fadvise(handle, told, done - told, os.POSIX_FADV_DONTNEED)
+                told = done
+        os.fsync(handle)
+        os.close(handle)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
 
 
 def loads(root: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> Runs:
@@ -200,16 +234,22 @@ def saving(root: Path, options: argparse.Namespace) -> list[Row]:
     def by_save_file() -> None:
         save_file(tensors, target / "model.safetensors")
 
+    def by_save_file_and_fsync() -> None:
+        by_save_file()
+        sync(target / "model.safetensors")
+
     runs = {
         "archzoo, with fsync": lambda: checkpoint.save(tensors, target / "out", max_shard_size="400MB"),
         "save_file, no fsync": by_save_file,
+        "save_file + fsync": by_save_file_and_fsync,
+        "durable limit": lambda: durable_writes(list(tensors.values()), target),
         "torch.save": lambda: torch.save(tensors, target / "model.pt"),
         "DCP": lambda: dcp.save(tensors, checkpoint_id=target / "dcp", no_dist=True),
     }
-    median = seconds(shuffled(runs, options.rounds, fresh))
+    median = seconds(shuffled(runs, min(options.rounds, 3), fresh))
     shutil.rmtree(target)
     ours = median["archzoo, with fsync"]
-    goals = {"save_file, no fsync": 1 / 1.3}
+    goals = {"save_file, no fsync": 1 / 1.3, "durable limit": 0.95}
     return [
         Row("save", "GB/s", size / ours, size / median[name], name, median[name] / ours,
             goals.get(name, 1.0), 0.0, "")
@@ -238,7 +278,21 @@ def experts(root: Path, options: argparse.Namespace, notes: dict[str, float]) ->
     }
     median = seconds(shuffled(runs, min(options.rounds, 3)))
     ours, theirs = median["archzoo"], median["transformers"]
-    return [Row("fused experts", "s", ours, theirs, "transformers", theirs / ours, 5.0, 0.0, "")]
+    part, whole = expert_bytes(folder, Rank(expert=(1, 4))), expert_bytes(folder, Rank())
+    return [
+        Row("fused experts", "s", ours, theirs, "transformers", theirs / ours, 5.0, 0.0, ""),
+        Row("a rank with 1/4 of the experts reads", "MB", part / 1e6, whole / 1e6, "all of them",
+            whole / part, 4.0, 0.0, ""),
+    ]  # fmt: skip
+
+
+def expert_bytes(folder: Path, rank: Rank) -> int:
+    """Bytes of expert weights that a rank reads."""
+    reader = checkpoint.open(folder)
+    config, family = checkpoint.read_config(folder)
+    checkpoint.read_part(skeleton(config, torch.bfloat16), reader, family, rank)
+    infos = {name: reader.info(name) for name in reader.keys() if ".experts." not in name}  # noqa: SIM118
+    return reader.bytes_read - sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in infos.values())
 
 
 def main() -> None:

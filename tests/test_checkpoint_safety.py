@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import archzoo
 from archzoo import CheckpointError, checkpoint
+from archzoo.checkpoint.distributed import to_dcp
 from archzoo.cli import app
 from archzoo.model import skeleton
 
@@ -177,8 +179,8 @@ def test_a_full_disk(tmp_path: Path, private: str) -> None:
 
 # --- memory ----------------------------------------------------------------------------------------
 
-PEAK = """
-import sys, threading
+MEMORY = """
+import ctypes, gc, sys
 import torch
 import archzoo
 from archzoo import checkpoint
@@ -187,17 +189,20 @@ def memory(key):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
+def start():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak
+    return memory("VmRSS:")
+"""
+PEAK = """
 kwargs = {"dtype": getattr(torch, sys.argv[2])} if len(sys.argv) > 2 else {}
 model = archzoo.load(sys.argv[3], **kwargs)  # everything is imported and every thread started
 size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 largest = max(t.nbytes for t in model.parameters())
 del model
-import gc, ctypes
-gc.collect()
-ctypes.CDLL("libc.so.6").malloc_trim(0)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # forget the peak
-before = memory("VmRSS:")
+before = start()
 model = archzoo.load(sys.argv[1], **kwargs)
 size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 largest = max(t.nbytes for t in model.parameters())
@@ -229,8 +234,49 @@ def test_memory_beyond_the_model(name: str, dtype: str, tmp_path: Path) -> None:
     assert size > 180e6
     archzoo.save(model, tmp_path / "large", max_shard_size="100MB")
     del model
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), dtype, str(tmp_path / "tiny")]
+    command = [sys.executable, "-c", MEMORY + PEAK, str(tmp_path / "large"), dtype, str(tmp_path / "tiny")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     extra, largest = map(int, run.stdout.split())
     assert extra <= 64e6 + largest, json.dumps({"extra": extra, "largest": largest})
+
+
+CONVERT = """
+from archzoo.checkpoint.distributed import from_dcp
+
+def run(source, out):
+    if source.endswith("dcp"):
+        from_dcp(source, out, max_shard_size="100MB")
+    else:
+        checkpoint.save(checkpoint.copied(checkpoint.open(source), torch.bfloat16), out, "100MB")
+
+source, tiny, out = sys.argv[1:]
+run(tiny, out + "-tiny")
+before = start()
+run(source, out)
+print(memory("VmHWM:") - before)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("layout", ["dcp", "compressed"])
+def test_memory_of_a_conversion(layout: str, tmp_path: Path) -> None:
+    """64 MB and a few tensors, of a checkpoint that is larger; every value arrives."""
+    whole = {f"t{i}": torch.arange(i, i + 2**21).float() for i in range(40)}
+    for name, content in {f"large-{layout}": whole, f"tiny-{layout}": tensors()}.items():
+        checkpoint.save(content, tmp_path / "plain", compress="huffman")
+        if layout == "dcp":
+            to_dcp(tmp_path / "plain", tmp_path / name)
+        else:
+            (tmp_path / "plain").rename(tmp_path / name)
+    folders = [str(tmp_path / f"{size}-{layout}") for size in ("large", "tiny")]
+    command = [sys.executable, "-c", MEMORY + CONVERT, *folders, str(tmp_path / "out")]
+    environment = os.environ | {"RAYON_NUM_THREADS": "2"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = checkpoint.load(tmp_path / "out", verify=True)
+    dtype = torch.float32 if layout == "dcp" else torch.bfloat16
+    assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in whole.items())
+    largest = whole["t0"].nbytes
+    assert sum(t.nbytes for t in found.values()) > 2 * (64e6 + largest)
+    assert int(run.stdout) <= 64e6 + 2 * 3 * largest  # a thread has it as read, as cast and as bytes

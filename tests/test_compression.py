@@ -234,6 +234,12 @@ def test_dfloat11_folders(tmp_path: Path) -> None:
     assert copied_config == {k: v for k, v in config.items() if k != "dfloat11_config"}
     assert all(same_bits(t, tensors[n]) for n, t in checkpoint.load(tmp_path / "again").items())
 
+    # Plain tensors over the folder: what the config says of the codes goes with them.
+    checkpoint.save(tensors, tmp_path / "again", compress="dfloat11")
+    checkpoint.save(tensors, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == copied_config
+    assert all(same_bits(t, tensors[n]) for n, t in checkpoint.load(tmp_path / "again").items())
+
     # The public encoder does not write shapes: the model has them.
     del config["dfloat11_config"]["shapes"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))

@@ -130,3 +130,63 @@ def test_quantised_experts_are_read_by_rank(tmp_path: Path) -> None:
     assert names
     for name in names:
         assert torch.equal(part[name], whole[name].chunk(2)[1])
+
+
+def quantised(folder: Path, *changes: str) -> None:
+    """A DeepSeek-V3 whose experts are stored in blocks of 8 bits."""
+    from archzoo.ops.fp8 import quantize_blocks
+
+    saved("deepseek-v3", folder, *changes)
+    stored = checkpoint.load(folder)
+    for name in [n for n in stored if ".experts." in n]:
+        stored[name], stored[f"{name}_scale_inv"] = quantize_blocks(stored[name].float())
+    checkpoint.save(stored, folder)
+
+
+@pytest.mark.parametrize("rank", [Rank(tensor=(1, 2)), Rank(tensor=(0, 2)), Rank((1, 2), (1, 2))])
+def test_blocks_of_eight_bits_are_read_in_part(rank: Rank, tmp_path: Path) -> None:
+    quantised(tmp_path / "m", "layers.override.0.ffn.hidden=256")
+    whole = state(archzoo.load(tmp_path / "m"))
+    part = checkpoint.load_part(tmp_path / "m", rank)
+    names = [name for name in whole if ".experts." in name]
+    assert len(names) >= 2
+    for name in names:
+        experts = whole[name].chunk(rank.expert[1])[rank.expert[0]]
+        if name.endswith("down"):
+            expected = experts.chunk(2, 2)[rank.tensor[0]]
+        else:
+            expected = torch.cat([half.chunk(2, 1)[rank.tensor[0]] for half in experts.chunk(2, 1)], 1)
+        assert torch.equal(part[name], expected), name
+
+
+def test_a_cut_within_a_block_is_refused(tmp_path: Path) -> None:
+    quantised(tmp_path / "m")
+    with pytest.raises(
+        InputError, match=r"experts.*_proj\.weight' is stored in blocks of 128 along dim \d, "
+    ):
+        checkpoint.load_part(tmp_path / "m", Rank(tensor=(1, 2)))
+
+
+@pytest.mark.parametrize("rank", [Rank(tensor=(1, 2)), Rank((1, 2), (0, 2))])
+def test_groups_of_four_bits_are_read_in_part(rank: Rank, tmp_path: Path) -> None:
+    wide = [f"layers.{layers}.ffn.hidden=64" for layers in ("default", "override.0")]
+    model = saved("gpt-oss-20b", tmp_path / "m", *wide, "hidden_size=64")
+    stored = checkpoint.load(tmp_path / "m")
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in stored if n.endswith(("gate_up_proj", "down_proj"))]:
+        e, inside, out = stored.pop(name).shape
+        for suffix, size in {
+            "_blocks": (e, out, inside // 32, 16),
+            "_scales": (e, out, inside // 32),
+        }.items():
+            stored[name + suffix] = torch.randint(100, 130, size, generator=generator, dtype=torch.uint8)
+    checkpoint.save(stored, tmp_path / "m")
+    whole = state(archzoo.load(tmp_path / "m"))
+    part = checkpoint.load_part(tmp_path / "m", rank)
+    for name in (n for n in state(model) if n.endswith(("experts.gate_up", "experts.down"))):
+        experts = whole[name].chunk(rank.expert[1])[rank.expert[0]]
+        if name.endswith("down"):
+            expected = experts.chunk(2, 2)[rank.tensor[0]]
+        else:
+            expected = torch.cat([half.chunk(2, 1)[rank.tensor[0]] for half in experts.chunk(2, 1)], 1)
+        assert torch.equal(part[name], expected), name

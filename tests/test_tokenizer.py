@@ -537,11 +537,11 @@ def test_gguf(files: dict[str, Path], tmp_path: Path) -> None:
     ):
         with pytest.raises(TokenizerError, match=message):
             Tokenizer.from_file(gguf(tmp_path / "other.gguf", {**values, **change}))
-    with pytest.raises(TokenizerError, match="version 1"):
+    with pytest.raises(TokenizerError, match=r"version 2 or 3, .*found 1"):
         Tokenizer.from_file(gguf(tmp_path / "other.gguf", values, version=1))
     for cut in (5, 20, 100, 1_500_000, len(whole) - 200):
         (tmp_path / "cut.gguf").write_bytes(whole[:cut])
-        with pytest.raises(TokenizerError, match=r"cut.gguf: the file ends within its metadata"):
+        with pytest.raises(TokenizerError, match=r"cut\.gguf: .*expected .* found"):
             Tokenizer.from_file(tmp_path / "cut.gguf")
     with pytest.raises(TokenizerError, match="pattern"):
         Tokenizer.from_file(path, pattern="qwen")

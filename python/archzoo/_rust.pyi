@@ -1,6 +1,7 @@
 """The native module: routing and checkpoint IO in Rust. All work runs with the interpreter released."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias, final
 
@@ -119,10 +120,11 @@ class FolderWriter:
     @property
     def path(self) -> Path:
         """The temporary folder."""
-    def commit(self) -> None:
+    def commit(self, obsolete: Sequence[str] = ...) -> None:
         """Puts the folder in its final place.
 
-        Other files of an older folder are carried over, not its weights (`model*.safetensors` and the index).
+        Other files of an older folder are carried over, not its weights (`model*.safetensors` and the index)
+        nor those that are `obsolete`.
         """
     def abort(self) -> None:
         """Removes the temporary folder. Does nothing after a commit."""
@@ -431,14 +433,15 @@ def attention(
 
 def write_shards(
     folder: str | os.PathLike[str],
-    tensors: list[tuple[str, str, tuple[int, ...], npt.NDArray[np.uint8]]],
+    tensors: Sequence[tuple[str, str, tuple[int, ...], _Bytes | Callable[[], _Bytes]]],
     max_shard_bytes: int,
     compress: bool = False,
 ) -> None:
     """Writes a checkpoint into an existing folder, through to the disk.
 
     One file, or shards of at most `max_shard_bytes` and their index. Tensors (name, dtype, shape, bytes) are
-    dealt to shards in the given order. `compress`: as containers where these are smaller.
+    dealt to shards in the given order; bytes that are a call are asked for when they are written, by any
+    thread. `compress`: as containers where these are smaller.
     """
 
 def compress(dtype: str, bytes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:

@@ -1,117 +1,27 @@
 //! ggml's quantised blocks as float32.
 
+use archzoo_gguf::Kind;
 use archzoo_simd::InstructionSet;
 use archzoo_simd::math::from_f16;
 use archzoo_simd::multiversion;
 
-use crate::Dtype;
-
-/// How the elements of a GGUF tensor are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kind(&'static Format);
-
-#[derive(Debug, PartialEq, Eq)]
-struct Format {
-    id: u32,
-    name: &'static str,
-    /// Elements and bytes of a block.
-    block: (usize, usize),
-    /// Once read.
-    dtype: Dtype,
-}
-
-const fn format(id: u32, name: &'static str, elements: usize, bytes: usize, dtype: Dtype) -> Format {
-    Format { id, name, block: (elements, bytes), dtype }
-}
-
-static FORMATS: [Format; 20] = [
-    format(0, "F32", 1, 4, Dtype::F32),
-    format(1, "F16", 1, 2, Dtype::F16),
-    format(2, "Q4_0", 32, 18, Dtype::F32),
-    format(3, "Q4_1", 32, 20, Dtype::F32),
-    format(6, "Q5_0", 32, 22, Dtype::F32),
-    format(7, "Q5_1", 32, 24, Dtype::F32),
-    format(8, "Q8_0", 32, 34, Dtype::F32),
-    format(9, "Q8_1", 32, 36, Dtype::F32),
-    format(10, "Q2_K", 256, 84, Dtype::F32),
-    format(11, "Q3_K", 256, 110, Dtype::F32),
-    format(12, "Q4_K", 256, 144, Dtype::F32),
-    format(13, "Q5_K", 256, 176, Dtype::F32),
-    format(14, "Q6_K", 256, 210, Dtype::F32),
-    format(15, "Q8_K", 256, 292, Dtype::F32),
-    format(24, "I8", 1, 1, Dtype::I8),
-    format(25, "I16", 1, 2, Dtype::I16),
-    format(26, "I32", 1, 4, Dtype::I32),
-    format(27, "I64", 1, 8, Dtype::I64),
-    format(28, "F64", 1, 8, Dtype::F64),
-    format(30, "BF16", 1, 2, Dtype::BF16),
-];
-
-/// Types that are known but not read.
-const REFUSED: [(u32, &str); 14] = [
-    (16, "IQ2_XXS"),
-    (17, "IQ2_XS"),
-    (18, "IQ3_XXS"),
-    (19, "IQ1_S"),
-    (20, "IQ4_NL"),
-    (21, "IQ3_S"),
-    (22, "IQ2_S"),
-    (23, "IQ4_XS"),
-    (29, "IQ1_M"),
-    (34, "TQ1_0"),
-    (35, "TQ2_0"),
-    (39, "MXFP4"),
-    (40, "NVFP4"),
-    (41, "Q1_0"),
-];
-
-impl Kind {
-    /// The type of a number in the file.
-    pub fn from_id(id: u32) -> Result<Self, String> {
-        if let Some(format) = FORMATS.iter().find(|format| format.id == id) {
-            return Ok(Self(format));
-        }
-        let known = FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ");
-        let found = match REFUSED.iter().find(|(refused, _)| *refused == id) {
-            Some((_, name)) => (*name).to_owned(),
-            None => format!("the unknown number {id}"),
-        };
-        Err(format!("type: expected one of {known}, found {found}"))
-    }
-
-    /// As ggml calls it.
-    pub fn name(self) -> &'static str {
-        self.0.name
-    }
-
-    /// Elements and bytes of a block.
-    pub fn block(self) -> (usize, usize) {
-        self.0.block
-    }
-
-    /// Of the elements once they are read.
-    pub fn dtype(self) -> Dtype {
-        self.0.dtype
-    }
-
-    /// Dequantises whole blocks into as many elements. Types that are not quantised are left alone.
-    pub(crate) fn dequantize(self, blocks: &[u8], out: &mut [[u8; 4]]) {
-        let set = InstructionSet::current();
-        match self.name() {
-            "Q4_0" => q4_0(set, blocks, out),
-            "Q4_1" => q4_1(set, blocks, out),
-            "Q5_0" => q5_0(set, blocks, out),
-            "Q5_1" => q5_1(set, blocks, out),
-            "Q8_0" => q8_0(set, blocks, out),
-            "Q8_1" => q8_1(set, blocks, out),
-            "Q2_K" => q2_k(set, blocks, out),
-            "Q3_K" => q3_k(set, blocks, out),
-            "Q4_K" => q4_k(set, blocks, out),
-            "Q5_K" => q5_k(set, blocks, out),
-            "Q6_K" => q6_k(set, blocks, out),
-            "Q8_K" => q8_k(set, blocks, out),
-            _ => {}
-        }
+/// Dequantises whole blocks into as many elements. Types that are not quantised are left alone.
+pub(crate) fn dequantize(kind: Kind, blocks: &[u8], out: &mut [[u8; 4]]) {
+    let set = InstructionSet::current();
+    match kind.name() {
+        "Q4_0" => q4_0(set, blocks, out),
+        "Q4_1" => q4_1(set, blocks, out),
+        "Q5_0" => q5_0(set, blocks, out),
+        "Q5_1" => q5_1(set, blocks, out),
+        "Q8_0" => q8_0(set, blocks, out),
+        "Q8_1" => q8_1(set, blocks, out),
+        "Q2_K" => q2_k(set, blocks, out),
+        "Q3_K" => q3_k(set, blocks, out),
+        "Q4_K" => q4_k(set, blocks, out),
+        "Q5_K" => q5_k(set, blocks, out),
+        "Q6_K" => q6_k(set, blocks, out),
+        "Q8_K" => q8_k(set, blocks, out),
+        _ => {}
     }
 }
 
@@ -321,38 +231,20 @@ multiversion! {
 mod tests {
     use super::*;
 
-    #[test]
-    fn dtypes_have_their_names() {
-        for format in &FORMATS {
-            let name = if format.block.0 == 1 { format.name } else { "F32" };
-            assert_eq!(format.dtype.name(), name);
-            let bits = format.dtype.bits() as usize * format.block.0;
-            assert!(if format.block.0 == 1 { bits == 8 * format.block.1 } else { bits > 8 * format.block.1 });
-        }
-    }
-
-    #[test]
-    fn types_are_refused_by_name() {
-        let error = Kind::from_id(20).unwrap_err();
-        assert!(error.ends_with("found IQ4_NL"), "{error}");
-        let error = Kind::from_id(99).unwrap_err();
-        assert!(error.ends_with("found the unknown number 99"), "{error}");
-    }
-
     /// Types that are only made while multiplying; no file and no other reader has them.
     #[test]
     fn inner_types() {
         let mut block = vec![0x00, 0x40, 1, 2]; // 2.0 and a sum
         block.extend((0..32).map(|i| (i as i8 - 16) as u8));
         let mut out = [[0; 4]; 32];
-        Kind::from_id(9).unwrap().dequantize(&block, &mut out);
+        dequantize(Kind::from_id(9).unwrap(), &block, &mut out);
         assert!(out.iter().enumerate().all(|(i, x)| f32::from_le_bytes(*x) == 2.0 * (i as f32 - 16.0)));
 
         let mut block = 0.5f32.to_le_bytes().to_vec();
         block.extend(0..=255u8);
         block.extend([9; 32]);
         let mut out = [[0; 4]; 256];
-        Kind::from_id(15).unwrap().dequantize(&block, &mut out);
+        dequantize(Kind::from_id(15).unwrap(), &block, &mut out);
         assert!(
             out.iter().enumerate().all(|(i, x)| f32::from_le_bytes(*x) == 0.5 * f32::from(i as u8 as i8))
         );

@@ -31,14 +31,7 @@ const DTYPES: [(&str, u64); 22] = [
 ];
 
 impl Dtype {
-    pub(crate) const I8: Self = Self(5);
-    pub(crate) const I16: Self = Self(11);
-    pub(crate) const F16: Self = Self(13);
-    pub(crate) const BF16: Self = Self(14);
-    pub(crate) const I32: Self = Self(15);
     pub(crate) const F32: Self = Self(17);
-    pub(crate) const F64: Self = Self(19);
-    pub(crate) const I64: Self = Self(20);
 
     /// The type of that name.
     pub fn from_name(name: &str) -> Option<Self> {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, FlockOperation, accessat, flock};
 use rustix::io::Errno;
 
-use crate::writer::sync_folder;
+use crate::writer::sync;
 use crate::{Error, INDEX_FILE, MANIFEST_FILE, Result};
 
 /// Builds a folder beside its final place and puts it there in one step.
@@ -60,18 +60,20 @@ impl FolderWriter {
     }
 
     /// Puts the temporary folder in the final place. Files of an older folder that the new one lacks are
-    /// carried over, except its weights.
-    pub fn commit(self) -> Result<()> {
+    /// carried over, except its weights and those at the top that are `obsolete`.
+    pub fn commit(self, obsolete: &[String]) -> Result<()> {
         sync_tree(&self.temporary)?;
         if self.target.exists() {
-            carry_over(&self.target, &self.temporary, true)?;
+            let left_out =
+                |name: &OsStr| is_weights(name) || obsolete.iter().any(|other| name == other.as_str());
+            carry_over(&self.target, &self.temporary, &left_out)?;
             let permissions =
                 fs::metadata(&self.target).map_err(Error::io(&self.target, "read"))?.permissions();
             fs::set_permissions(&self.temporary, permissions).map_err(Error::io(&self.temporary, "write"))?;
         }
-        sync_folder(&self.temporary)?;
+        sync(&self.temporary)?;
         publish(&self.temporary, &self.target)?;
-        sync_folder(self.target.parent().unwrap_or(Path::new("/")))
+        sync(self.target.parent().unwrap_or(Path::new("/")))
         // Dropping removes what now stands in the temporary place: the older folder.
     }
 
@@ -180,24 +182,24 @@ fn is_gone(process: i32) -> bool {
             .is_some_and(|id| rustix::process::test_kill_process(id) == Err(Errno::SRCH))
 }
 
-/// Links into `new` what `old` has and `new` lacks; at the top, not the weights.
-fn carry_over(old: &Path, new: &Path, top: bool) -> Result<()> {
+/// Links into `new` what `old` has and `new` lacks, except what is `left_out` at the top.
+fn carry_over(old: &Path, new: &Path, left_out: &dyn Fn(&OsStr) -> bool) -> Result<()> {
     for entry in fs::read_dir(old).map_err(Error::io(old, "list"))? {
         let entry = entry.map_err(Error::io(old, "list"))?;
         let (from, to) = (entry.path(), new.join(entry.file_name()));
-        if top && is_weights(&entry.file_name()) {
+        if left_out(&entry.file_name()) {
             continue;
         }
         let is_folder = entry.file_type().map_err(Error::io(&from, "read"))?.is_dir();
         match fs::symlink_metadata(&to) {
-            Ok(found) if is_folder && found.is_dir() => carry_over(&from, &to, false)?,
+            Ok(found) if is_folder && found.is_dir() => carry_over(&from, &to, &|_| false)?,
             Ok(_) => {}
             Err(_) if is_folder => {
                 fs::create_dir(&to).map_err(Error::io(&to, "create"))?;
-                carry_over(&from, &to, false)?;
+                carry_over(&from, &to, &|_| false)?;
                 let permissions = entry.metadata().map_err(Error::io(&from, "read"))?.permissions();
                 fs::set_permissions(&to, permissions).map_err(Error::io(&to, "write"))?;
-                sync_folder(&to)?;
+                sync(&to)?;
             }
             Err(_) => link_or_copy(&from, &to).map_err(Error::io(&from, "carry over"))?,
         }
@@ -232,10 +234,10 @@ fn sync_tree(folder: &Path) -> Result<()> {
         if kind.is_dir() {
             sync_tree(&path)?;
         } else if kind.is_file() {
-            sync_folder(&path)?;
+            sync(&path)?;
         }
     }
-    sync_folder(folder)
+    sync(folder)
 }
 
 /// Puts `new` in the place of `target`. An older folder ends in the place of `new`.
@@ -347,8 +349,10 @@ mod tests {
                 ("x.tmp-1", "old"),
                 ("config.json", "old"),
                 ("tokenizer.json", "old"),
+                ("other.json", "old"),
                 ("extra/model.safetensors", "old"),
                 ("extra/config.json", "old"),
+                ("extra/tokenizer.json", "old"),
             ],
         );
         std::os::unix::fs::symlink("nowhere", target.join("link")).unwrap();
@@ -358,9 +362,9 @@ mod tests {
             "",
             &[("model.safetensors", "new"), ("config.json", "new"), ("extra/config.json", "new")],
         );
-        writer.commit().unwrap();
-        assert_eq!(names(&target), ["config.json", "extra", "link", "model.safetensors", "tokenizer.json"]);
-        assert_eq!(names(&target.join("extra")), ["config.json", "model.safetensors"]);
+        writer.commit(&["tokenizer.json".to_owned(), "absent".to_owned()]).unwrap();
+        assert_eq!(names(&target), ["config.json", "extra", "link", "model.safetensors", "other.json"]);
+        assert_eq!(names(&target.join("extra")), ["config.json", "model.safetensors", "tokenizer.json"]);
         assert_eq!(fs::read_to_string(target.join("extra/config.json")).unwrap(), "new");
         assert_eq!(fs::read_to_string(target.join("extra/model.safetensors")).unwrap(), "old");
         assert_eq!(fs::read_to_string(target.join("config.json")).unwrap(), "new");
@@ -375,7 +379,7 @@ mod tests {
         let error = FolderWriter::new(&target).unwrap_err();
         assert_eq!(error.file, target);
         drop(first);
-        FolderWriter::new(&target).unwrap().commit().unwrap();
+        FolderWriter::new(&target).unwrap().commit(&[]).unwrap();
         assert_eq!(names(root.path().join("deep").as_path()), ["out"]);
     }
 
@@ -387,7 +391,7 @@ mod tests {
         std::os::unix::fs::symlink("nowhere", root.path().join("dangling")).unwrap();
         let writer = FolderWriter::new(&root.path().join("out")).unwrap();
         fs::write(writer.path().join("b"), "new").unwrap();
-        writer.commit().unwrap();
+        writer.commit(&[]).unwrap();
         assert_eq!(names(&target), ["a", "b"]);
         assert!(root.path().join("out").is_symlink());
         assert!(FolderWriter::new(&root.path().join("dangling")).is_err());

@@ -30,16 +30,15 @@ mod stream;
 mod writer;
 
 pub use container::{compress, decompress};
-pub use dequantize::Kind;
 pub use dfloat11::{Buffers, Encoded, decode_dfloat11, encode_dfloat11};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;
-pub use gguf::{Array, Gguf, GgufHead, GgufTensor, Value};
+pub use gguf::{Gguf, gguf_dtype};
 pub use header::{Header, TensorInfo};
 pub use read::Request;
 pub use reader::{Reader, parse_index};
-pub use writer::{Tensor, save};
+pub use writer::{Elements, Tensor, save};
 
 /// The file of an unsharded checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";

@@ -4,17 +4,25 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rayon::prelude::*;
-
 use crate::checksum::{self, CHECKSUMS_KEY, Checksum};
 use crate::compressed::{self, COMPRESSED_KEY};
 use crate::header::{MAX_HEADER, METADATA_KEY};
 use crate::manifest::{Entry, Manifest};
+use crate::spread::spread;
 use crate::stream::Stream;
 use crate::{Dtype, Error, INDEX_FILE, MANIFEST_FILE, Result, SINGLE_FILE};
 
+/// Where the elements of a tensor come from: contiguous, little-endian.
+#[derive(Clone, Copy)]
+pub enum Elements<'a> {
+    /// Memory.
+    Bytes(&'a [u8]),
+    /// A call when they are written, on the thread that writes; no thread holds more than one tensor so.
+    Made(&'a (dyn Fn() -> std::result::Result<Vec<u8>, String> + Sync)),
+}
+
 /// A tensor to save.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Tensor<'a> {
     /// Name.
     pub name: &'a str,
@@ -22,8 +30,28 @@ pub struct Tensor<'a> {
     pub dtype: Dtype,
     /// Shape.
     pub shape: &'a [u64],
-    /// Contiguous elements, little-endian.
-    pub bytes: &'a [u8],
+    /// Elements.
+    pub elements: Elements<'a>,
+}
+
+impl Tensor<'_> {
+    /// Bytes of the elements; of a shape without a size, which is not saved, none.
+    fn bytes(&self) -> u64 {
+        self.dtype.bytes(self.shape).unwrap_or(0)
+    }
+
+    fn check(&self, file: &Path, found: &[u8]) -> Result<()> {
+        if self.dtype.bytes(self.shape) == Some(found.len() as u64) {
+            return Ok(());
+        }
+        let message = format!(
+            "expected the bytes of shape {:?} of {}, found {} bytes",
+            self.shape,
+            self.dtype,
+            found.len()
+        );
+        Err(Error::tensor(file, self.name, message))
+    }
 }
 
 /// Bytes that are hashed and copied as one, while they are in a core's cache.
@@ -55,13 +83,12 @@ pub fn save(
         if !names.insert(tensor.name) {
             return fault("expected once, found twice".into());
         }
-        if tensor.dtype.bytes(tensor.shape) != Some(tensor.bytes.len() as u64) {
-            return fault(format!(
-                "expected the bytes of shape {:?} of {}, found {} bytes",
-                tensor.shape,
-                tensor.dtype,
-                tensor.bytes.len()
-            ));
+        match tensor.elements {
+            Elements::Bytes(bytes) => tensor.check(folder, bytes)?,
+            Elements::Made(_) if tensor.dtype.bytes(tensor.shape).is_some() => {}
+            Elements::Made(_) => {
+                return fault(format!("expected whole bytes, found shape {:?}", tensor.shape));
+            }
         }
     }
     let shards = plan(tensors, max_shard_bytes);
@@ -69,15 +96,15 @@ pub fn save(
         1 => SINGLE_FILE.to_owned(),
         count => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
     };
-    let mut entries: BTreeMap<String, Entry> = shards
-        .par_iter()
-        .enumerate()
-        .map(|(i, shard)| {
-            Ok((file_name(i), write_shard(&folder.join(file_name(i)), shard, metadata, compress)?))
-        })
-        .collect::<Vec<_>>()
-        .into_iter()
-        .collect::<Result<_>>()?;
+    let size = |&i: &usize| shards[i].iter().map(Tensor::bytes).sum();
+    let written = spread((0..shards.len()).collect(), size, |i| {
+        Ok((file_name(i), write_shard(&folder.join(file_name(i)), &shards[i], metadata, compress)?))
+    })?;
+    // At the end: a thread that waits for its shard gives the disk nothing to do in the meantime.
+    for (name, _) in &written {
+        sync(&folder.join(name))?;
+    }
+    let mut entries: BTreeMap<String, Entry> = written.into_iter().collect();
     if shards.len() > 1 {
         let weight_map: BTreeMap<&str, String> = shards
             .iter()
@@ -85,12 +112,12 @@ pub fn save(
             .flat_map(|(i, shard)| shard.iter().map(move |tensor| (tensor.name, i)))
             .map(|(name, i)| (name, file_name(i)))
             .collect();
-        let total_size: u64 = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
+        let total_size: u64 = tensors.iter().map(Tensor::bytes).sum();
         let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
         entries.insert(INDEX_FILE.to_owned(), write(&folder.join(INDEX_FILE), pretty(&index))?);
     }
     write(&folder.join(MANIFEST_FILE), pretty(&Manifest::new(entries)))?;
-    sync_folder(folder)
+    sync(folder)
 }
 
 /// Tensors of each shard, in the order of their bytes in the file.
@@ -98,7 +125,7 @@ fn plan<'a>(tensors: &[Tensor<'a>], max_shard_bytes: u64) -> Vec<Vec<Tensor<'a>>
     let mut shards = vec![Vec::new()];
     let mut size = 0;
     for &tensor in tensors {
-        let bytes = tensor.bytes.len() as u64;
+        let bytes = tensor.bytes();
         if size > 0 && size + bytes > max_shard_bytes {
             shards.push(Vec::new());
             size = 0;
@@ -123,7 +150,7 @@ struct Stored {
     is_compressed: bool,
 }
 
-/// Writes a shard and returns its entry in the manifest.
+/// Writes a shard, not yet through to the disk, and returns its entry in the manifest.
 fn write_shard(
     path: &Path,
     tensors: &[Tensor],
@@ -134,41 +161,47 @@ fn write_shard(
         |stored: &[Stored]| header(tensors, stored, metadata).map_err(Error::io(path, "write the header"));
     // Every checksum has the same length, so the header's is known before they are; of what is compressed, the
     // most that it can have.
-    let plain =
-        |tensor: &Tensor| Stored { bytes: tensor.bytes.len() as u64, checksum: 0, is_compressed: compress };
+    let plain = |tensor: &Tensor| Stored { bytes: tensor.bytes(), checksum: 0, is_compressed: compress };
     let length = json(&tensors.iter().map(plain).collect::<Vec<_>>())?.len();
     if length as u64 > MAX_HEADER {
         let message = format!("header length: expected at most {MAX_HEADER} bytes, found {length}");
         return Err(Error::new(path, message));
     }
-    let mut stored = Vec::with_capacity(tensors.len());
-    let mut write = || {
-        let mut stream = Stream::create(path)?;
-        stream.write(&vec![0; 8 + length])?;
-        for tensor in tensors {
-            let compressed = if compress { crate::compress(tensor.dtype, tensor.bytes) } else { None };
-            let bytes = compressed.as_deref().unwrap_or(tensor.bytes);
-            let mut checksum = Checksum::default();
-            for chunk in bytes.chunks(CHUNK) {
-                checksum.update(chunk);
-                stream.write(chunk)?;
-            }
-            stored.push(Stored {
-                bytes: bytes.len() as u64,
-                checksum: checksum.finish(),
-                is_compressed: compressed.is_some(),
-            });
-        }
-        stream.finish()
-    };
     let failed = || Error::io(path, "write");
-    let file = write().map_err(failed())?;
+    let most = tensors.iter().map(Tensor::bytes).sum::<u64>() + 8 + length as u64;
+    let mut stream = Stream::create(path, if compress { 0 } else { most }).map_err(failed())?;
+    stream.write(&vec![0; 8 + length]).map_err(failed())?;
+    let mut stored = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        stored.push(match tensor.elements {
+            Elements::Bytes(bytes) => {
+                write_tensor(&mut stream, tensor.dtype, bytes, compress).map_err(failed())?
+            }
+            Elements::Made(make) => {
+                let bytes = make().map_err(|message| Error::tensor(path, tensor.name, message))?;
+                tensor.check(path, &bytes)?;
+                write_tensor(&mut stream, tensor.dtype, &bytes, compress).map_err(failed())?
+            }
+        });
+    }
+    let file = stream.finish().map_err(failed())?;
     let mut head = (length as u64).to_le_bytes().to_vec();
     head.extend(json(&stored)?);
     head.resize(8 + length, b' ');
-    file.write_all_at(&head, 0).and_then(|()| file.sync_all()).map_err(failed())?;
+    file.write_all_at(&head, 0).map_err(failed())?;
     let bytes = head.len() as u64 + stored.iter().map(|stored| stored.bytes).sum::<u64>();
     Ok(Entry::new(bytes, &head))
+}
+
+fn write_tensor(stream: &mut Stream, dtype: Dtype, bytes: &[u8], compress: bool) -> io::Result<Stored> {
+    let compressed = if compress { crate::compress(dtype, bytes) } else { None };
+    let bytes = compressed.as_deref().unwrap_or(bytes);
+    let mut checksum = Checksum::default();
+    for chunk in bytes.chunks(CHUNK) {
+        checksum.update(chunk);
+        stream.write(chunk)?;
+    }
+    Ok(Stored { bytes: bytes.len() as u64, checksum: checksum.finish(), is_compressed: compressed.is_some() })
 }
 
 fn header(tensors: &[Tensor], stored: &[Stored], metadata: &BTreeMap<String, String>) -> io::Result<Vec<u8>> {
@@ -227,8 +260,7 @@ fn write(path: &Path, content: io::Result<Vec<u8>>) -> Result<Entry> {
     write().map_err(Error::io(path, "write"))
 }
 
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(Error::io(folder, "write through to disk"))
+/// Waits until a file or the list of a folder is on the disk.
+pub(crate) fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path, "write through to disk"))
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use archzoo_checkpoint::{Dtype, Header, INDEX_FILE, Reader, Request, SINGLE_FILE, Tensor, save};
+use archzoo_checkpoint::{Dtype, Elements, Header, INDEX_FILE, Reader, Request, SINGLE_FILE, Tensor, save};
 use proptest::prelude::*;
 
 fn metadata() -> BTreeMap<String, String> {
@@ -33,7 +33,7 @@ fn try_read(
 }
 
 fn f32_tensor<'a>(name: &'a str, shape: &'a [u64], bytes: &'a [u8]) -> Tensor<'a> {
-    Tensor { name, dtype: Dtype::from_name("F32").unwrap(), shape, bytes }
+    Tensor { name, dtype: Dtype::from_name("F32").unwrap(), shape, elements: Elements::Bytes(bytes) }
 }
 
 #[test]
@@ -64,7 +64,8 @@ fn shards_by_size_in_the_given_order() {
         ]
     );
     for tensor in &tensors {
-        assert_eq!(read(&reader, tensor.name, None, tensor.bytes.len()), tensor.bytes);
+        let Elements::Bytes(expected) = tensor.elements else { panic!("expected memory") };
+        assert_eq!(read(&reader, tensor.name, None, expected.len()), expected);
     }
     assert_eq!(read(&reader, "large", Some((1, 3)), 32), bytes[64..]);
     assert!(read(&reader, "empty", Some((0, 0)), 0).is_empty());
@@ -118,6 +119,38 @@ fn bad_requests_are_refused_before_a_byte_is_read() {
 }
 
 #[test]
+fn elements_made_while_they_are_written() {
+    let (made, plain) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let bytes: Vec<u8> = (0..64).collect();
+    let make = || Ok(bytes.clone());
+    let with =
+        |elements| ["a", "b", "c"].map(|name| Tensor { name, elements, ..f32_tensor(name, &[4, 4], &[]) });
+    for compress in [false, true] {
+        let folder = |root: &Path| {
+            let folder = root.join(compress.to_string());
+            fs::create_dir(&folder).unwrap();
+            folder
+        };
+        let (made, plain) = (folder(made.path()), folder(plain.path()));
+        save(&made, &with(Elements::Made(&make)), 64, &metadata(), compress).unwrap();
+        save(&plain, &with(Elements::Bytes(&bytes)), 64, &metadata(), compress).unwrap();
+        for entry in fs::read_dir(&plain).unwrap() {
+            let name = entry.unwrap().file_name();
+            assert!(fs::read(made.join(&name)).unwrap() == fs::read(plain.join(&name)).unwrap());
+        }
+    }
+    for (make, message) in [
+        (&(|| Ok(vec![0u8; 63])) as &(dyn Fn() -> Result<Vec<u8>, String> + Sync), "found 63 bytes"),
+        (&|| Err("out of luck".to_owned()), "tensor \"a\": out of luck"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let tensors = with(Elements::Made(make));
+        let error = save(folder.path(), &tensors, 1000, &metadata(), false).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
 fn bad_tensors_are_not_saved() {
     let folder = tempfile::tempdir().unwrap();
     let bytes = [0; 16];
@@ -155,7 +188,12 @@ static VALID: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let bytes: Vec<u8> = (0..40).collect();
     let tensors = [
         f32_tensor("a", &[2, 3], &bytes[..24]),
-        Tensor { name: "b", dtype: Dtype::from_name("BF16").unwrap(), shape: &[8], bytes: &bytes[24..] },
+        Tensor {
+            name: "b",
+            dtype: Dtype::from_name("BF16").unwrap(),
+            shape: &[8],
+            elements: Elements::Bytes(&bytes[24..]),
+        },
     ];
     save(folder.path(), &tensors, u64::MAX, &metadata(), false).unwrap();
     fs::read(folder.path().join(SINGLE_FILE)).unwrap()
@@ -212,7 +250,7 @@ fn counted(folder: &Path) -> Vec<u16> {
     let values: Vec<u16> = (0..3 * 5 * 7 * 2).collect();
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let dtype = Dtype::from_name("BF16").unwrap();
-    let tensor = Tensor { name: "a", dtype, shape: &[3, 5, 7, 2], bytes: &bytes };
+    let tensor = Tensor { name: "a", dtype, shape: &[3, 5, 7, 2], elements: Elements::Bytes(&bytes) };
     save(folder, &[f32_tensor("before", &[1], &[9; 4]), tensor], u64::MAX, &metadata(), false).unwrap();
     values
 }

@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use archzoo_checkpoint::{Dtype, Error, FolderWriter, Reader, Request, Tensor};
+use archzoo_checkpoint::{Dtype, Elements, Error, FolderWriter, Reader, Request, Tensor};
 use numpy::PyReadonlyArray1;
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -16,7 +16,7 @@ pyo3::create_exception!(
     "A checkpoint that cannot be read or written: names the file, the tensor, what was expected and found."
 );
 
-fn to_python(error: Error) -> PyErr {
+pub fn to_python(error: Error) -> PyErr {
     CheckpointError::new_err(error.to_string())
 }
 
@@ -124,8 +124,33 @@ fn not_contiguous(what: &str, name: &str) -> PyErr {
 /// Name, dtype, shape, bytes.
 type PyTensor<'py> = (String, String, Vec<u64>, Bound<'py, PyAny>);
 
+type Make = dyn Fn() -> Result<Vec<u8>, String> + Sync + Send;
+
+enum Source<'py> {
+    Array(PyReadonlyArray1<'py, u8>),
+    Call(Box<Make>),
+}
+
+impl<'py> Source<'py> {
+    fn of((name, _, _, bytes): &PyTensor<'py>) -> PyResult<Self> {
+        if bytes.is_callable() {
+            let call = bytes.clone().unbind();
+            return Ok(Self::Call(Box::new(move || {
+                Python::attach(|py| {
+                    let array = call.call0(py)?.extract::<PyReadonlyArray1<u8>>(py)?;
+                    Ok(array.as_slice()?.to_vec())
+                })
+                .map_err(|error: PyErr| error.to_string())
+            })));
+        }
+        bytes.extract().map(Self::Array).map_err(|_| {
+            PyTypeError::new_err(format!("bytes of {name:?} must be a 1-D numpy array of uint8"))
+        })
+    }
+}
+
 /// Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index, into an existing
-/// folder, through to the disk. Tensors are dealt to shards in the given order. `compress`: as containers where
+/// folder, through to the disk. Bytes may also be calls that give them while they are written. Tensors are dealt to shards in the given order. `compress`: as containers where
 /// these are smaller.
 #[pyfunction]
 #[pyo3(signature = (folder, tensors, max_shard_bytes, compress=false))]
@@ -136,21 +161,19 @@ pub fn write_shards(
     max_shard_bytes: u64,
     compress: bool,
 ) -> PyResult<()> {
-    let arrays = tensors
-        .iter()
-        .map(|(name, _, _, array)| {
-            array.extract().map_err(|_| {
-                PyTypeError::new_err(format!("bytes of {name:?} must be a 1-D numpy array of uint8"))
-            })
-        })
-        .collect::<PyResult<Vec<PyReadonlyArray1<u8>>>>()?;
+    let sources = tensors.iter().map(Source::of).collect::<PyResult<Vec<Source>>>()?;
     let tensors = tensors
         .iter()
-        .zip(&arrays)
-        .map(|((name, dtype, shape, _), array)| {
+        .zip(&sources)
+        .map(|((name, dtype, shape, _), source)| {
             let dtype = dtype_of(dtype, name)?;
-            let bytes = array.as_slice().map_err(|_| not_contiguous("bytes", name))?;
-            Ok(Tensor { name, dtype, shape, bytes })
+            let elements = match source {
+                Source::Array(array) => {
+                    Elements::Bytes(array.as_slice().map_err(|_| not_contiguous("bytes", name))?)
+                }
+                Source::Call(make) => Elements::Made(make.as_ref()),
+            };
+            Ok(Tensor { name, dtype, shape, elements })
         })
         .collect::<PyResult<Vec<Tensor>>>()?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -178,10 +201,12 @@ impl PyFolderWriter {
         self.0.as_ref().map(FolderWriter::path).ok_or_else(ended)
     }
 
-    /// Puts the folder in its final place. Other files of an older folder are carried over, not its weights.
-    fn commit(&mut self, py: Python) -> PyResult<()> {
+    /// Puts the folder in its final place. Other files of an older folder are carried over, not its weights nor
+    /// those that are `obsolete`.
+    #[pyo3(signature = (obsolete = Vec::new()))]
+    fn commit(&mut self, py: Python, obsolete: Vec<String>) -> PyResult<()> {
         let writer = self.0.take().ok_or_else(ended)?;
-        py.detach(|| writer.commit()).map_err(to_python)
+        py.detach(|| writer.commit(&obsolete)).map_err(to_python)
     }
 
     /// Removes the temporary folder. Does nothing after a commit.

@@ -1,12 +1,13 @@
 use std::path::PathBuf;
 
-use archzoo_checkpoint::{Array, Gguf, Value};
+use archzoo_checkpoint::{Gguf, gguf_dtype};
+use archzoo_gguf::{Array, Value};
 use numpy::PyReadwriteArray1;
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::to_python;
 use crate::pool;
 
 /// Name, dtype, shape, type.
@@ -21,26 +22,26 @@ impl GgufReader {
     /// Opens a file of version 2 or 3.
     #[new]
     fn new(py: Python, path: PathBuf) -> PyResult<Self> {
-        py.detach(|| Gguf::open(&path)).map(Self).map_err(|e| CheckpointError::new_err(e.to_string()))
+        py.detach(|| Gguf::open(&path)).map(Self).map_err(to_python)
     }
 
     /// Values by key: numbers, strings, booleans and lists of them.
     #[getter]
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let values = PyDict::new(py);
-        for (key, value) in &self.0.head().metadata {
-            values.set_item(key, value_to_python(py, value)?)?;
+        for (key, value) in self.0.metadata().map_err(to_python)?.values {
+            values.set_item(key, value_to_python(py, &value)?)?;
         }
         Ok(values)
     }
 
     /// Name, dtype once read, shape (rows first) and ggml's type of every tensor, in the file's order.
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Vec<PyTensor<'_, 'py>>> {
-        let tensors = self.0.head().tensors.iter();
+        let tensors = self.0.tensors().iter();
         tensors
             .map(|tensor| {
                 let shape = PyTuple::new(py, &tensor.shape)?;
-                Ok((tensor.name.as_str(), tensor.kind.dtype().name(), shape, tensor.kind.name()))
+                Ok((tensor.name.as_str(), gguf_dtype(tensor.kind).name(), shape, tensor.kind.name()))
             })
             .collect()
     }
@@ -51,8 +52,7 @@ impl GgufReader {
             .iter_mut()
             .map(|(name, array)| Ok((name.as_str(), array.as_slice_mut()?)))
             .collect::<PyResult<Vec<(&str, &mut [u8])>>>()?;
-        py.detach(|| pool::run(|| self.0.read_into(requests)))?
-            .map_err(|error| CheckpointError::new_err(error.to_string()))
+        py.detach(|| pool::run(|| self.0.read_into(requests)))?.map_err(to_python)
     }
 }
 

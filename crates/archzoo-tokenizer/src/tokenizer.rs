@@ -56,7 +56,7 @@ enum Source<'a> {
 
 impl<'a> Source<'a> {
     fn of(content: &'a [u8], pattern: Option<&'a str>) -> Result<Self> {
-        let source = if content.starts_with(&gguf::MAGIC) {
+        let source = if content.starts_with(&archzoo_gguf::MAGIC) {
             Self::Gguf(content)
         } else if sentencepiece::is_model(content) {
             Self::SentencePiece(content)
@@ -102,22 +102,15 @@ impl<'a> Source<'a> {
 fn read(path: &Path) -> Result<Vec<u8>> {
     let failed = |e: std::io::Error| Error::new(format!("{}: {e}", path.display()));
     let mut file = File::open(path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
     let mut content = Vec::new();
-    (&mut file).take(1 << 20).read_to_end(&mut content).map_err(failed)?;
-    if !content.starts_with(&gguf::MAGIC) {
+    (&mut file).take(archzoo_gguf::MAGIC.len() as u64).read_to_end(&mut content).map_err(failed)?;
+    if content != archzoo_gguf::MAGIC {
         file.read_to_end(&mut content).map_err(failed)?;
         return Ok(content);
     }
-    loop {
-        if let Some(end) = gguf::length(&content).map_err(|e| e.in_file(path))? {
-            content.truncate(end);
-            return Ok(content);
-        }
-        let more = content.len() as u64;
-        if (&mut file).take(more).read_to_end(&mut content).map_err(failed)? == 0 {
-            return Err(Error::new("the file ends within its metadata").in_file(path));
-        }
-    }
+    archzoo_gguf::read_start(content.chain(file), |content| gguf::end(content, size))
+        .map_err(|message| Error::new(message).in_file(path))
 }
 
 fn hash(content: &[u8], pattern: Option<&str>) -> blake3::Hash {

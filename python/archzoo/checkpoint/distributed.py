@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from archzoo.checkpoint.shards import Contents, Reader, write_contents
+from archzoo.checkpoint.shards import Contents, Later, Reader, write_contents
 from archzoo.checkpoint.training import STATE_FILE
 from archzoo.errors import CheckpointError
 
@@ -41,6 +47,31 @@ class _WithoutPickle(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         path = self.mappings[read_item.dest_index.fqn]
         set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
+
+
+class _DcpFolder(FileSystemReader):
+    """An open folder whose index is read once."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._lock = Lock()
+        try:
+            self.metadata: Metadata = super().read_metadata()
+        except Exception as error:
+            raise CheckpointError(f"{path}: not a torch.distributed.checkpoint folder: {error}") from None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self.metadata
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Fill in the values of a state; one thread at a time."""
+        with self._lock:
+            _quietly(load, state, storage_reader=self, planner=_WithoutPickle(), no_dist=True)
+
+    def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=dtype)
+        self.load({name: out})
+        return out
 
 
 def to_dcp(folder: str | Path, dcp_folder: str | Path) -> None:
@@ -67,19 +98,16 @@ def from_dcp(
     Values that are not tensors are returned; of `to_dcp`'s folders they are the state.json. DCP keeps its
     index as a pickle, which torch reads: convert only folders that you trust.
     """
-    try:
-        metadata = FileSystemReader(dcp_folder).read_metadata()
-    except Exception as error:
-        raise CheckpointError(f"{dcp_folder}: not a torch.distributed.checkpoint folder: {error}") from None
-    state: dict[str, Any] = {}
-    for name, entry in metadata.state_dict_metadata.items():
+    source = _DcpFolder(dcp_folder)
+    tensors: dict[str, Tensor | Later] = {}
+    values: dict[str, Any] = {}
+    for name, entry in source.metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            dtype, shape = entry.properties.dtype, tuple(entry.size)
+            tensors[name] = Later(dtype, shape, partial(source.tensor, name, dtype, shape))
         elif isinstance(entry, BytesStorageMetadata):
-            state[name] = None
-    _quietly(load, state, checkpoint_id=dcp_folder, planner=_WithoutPickle(), no_dist=True)
-    tensors: Mapping[str, Tensor] = {n: t for n, t in state.items() if isinstance(t, Tensor)}
-    values = {name: value for name, value in state.items() if name not in tensors}
+            values[name] = None
+    source.load(values)
     files = {}
     if isinstance(text := values.pop(STATE_FILE, None), str):
         json.loads(text)

@@ -256,12 +256,13 @@ def _read_batch(reader: Reader, batch: list[tuple[Region, Format | None]], verif
     raw: list[list[Part]] = []
     for region, form in batch:
         parts = []
-        for name in form.names(region.name) if form else [region.name]:
+        own = form.parts(region.name, region.shape, region.ranges) if form else [(region.name, region.ranges)]
+        for name, ranges in own:
             dtype, shape, _ = reader.info(name)
-            size = shape if form else region.part
+            size = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
             pinned = region.view.device.type == "cuda"
             buffer = torch.empty(size, dtype=dtype, pin_memory=pinned)
-            parts.append(Part(name, buffer, () if form else region.ranges))
+            parts.append(Part(name, buffer, ranges))
         raw.append(parts)
     reader.read_parts([part for parts in raw for part in parts], verify=verify)
     for (region, form), parts in zip(batch, raw, strict=True):

@@ -136,10 +136,7 @@ def read_part(
         out[name] = torch.empty(shape, dtype=tensors[name].dtype)
         full = family.regions(name, tensors[name], stored, layers)
         for region in _regions(family, name, out[name], full, rank, layers, stored):
-            form = forms[region.name]
-            if form is not None and region.part != region.shape:
-                raise InputError(f"'{region.name}' is stored in fewer bits and is read as a whole only")
-            wanted.append((region, form))
+            wanted.append((region, forms[region.name]))
     read_regions(reader, wanted, verify=verify)
     return out
 

@@ -9,33 +9,51 @@ import torch
 from torch import Tensor
 
 from archzoo.checkpoint.shards import Reader
-from archzoo.errors import CheckpointError
+from archzoo.errors import CheckpointError, InputError
 from archzoo.ops.fp8 import BLOCK, dequantize_blocks
 from archzoo.ops.mxfp4 import GROUP, dequantize_mxfp4
 
 Shape = tuple[int, ...]
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensor X + suffix of the file: its dims are dims of weight X, `step` elements each, then `inner`."""
+
+    suffix: str
+    axes: tuple[tuple[int, int], ...]
+    """(dim of the weight, step)"""
+    inner: Shape = ()
+
+    def shape(self, weight: Shape) -> Shape:
+        return (*(-(-weight[dim] // step) for dim, step in self.axes), *self.inner)
+
+    def ranges(self, weight: Ranges) -> Ranges:
+        """Where a part of the weight is that is cut between steps."""
+        return tuple((weight[dim][0] // step, -(-weight[dim][1] // step)) for dim, step in self.axes)
 
 
 @dataclass(frozen=True)
 class Format:
-    """Weight X of a shape is the tensors X + suffix, of the shapes that `shapes` gives; `decode` takes them.
+    """A weight of a shape is several tensors of the file; `decode` takes them, or a part of each.
 
-    The first of them has `dtype`; X has `dims` dimensions.
+    The first of them has `dtype`; the weight has `dims` dimensions.
     """
 
-    suffixes: tuple[str, ...]
+    tensors: tuple[Stored, ...]
     dtype: torch.dtype
     dims: int
-    shapes: Callable[[Shape], tuple[Shape, ...]]
     decode: Callable[..., Tensor]
 
     def names(self, name: str) -> list[str]:
         """The file's tensors of weight `name`."""
-        return [name + suffix for suffix in self.suffixes]
+        return [name + stored.suffix for stored in self.tensors]
 
     def check(self, reader: Reader, name: str, shape: Shape) -> None:
         """Raise CheckpointError unless the tensors have the shapes that a weight of `shape` asks for."""
-        for part, expected in zip(self.names(name), self.shapes(shape), strict=True):
+        for stored in self.tensors:
+            part, expected = name + stored.suffix, stored.shape(shape)
             _, found, file = reader.info(part)
             if found != expected:
                 raise CheckpointError(
@@ -43,25 +61,41 @@ class Format:
                     f"a weight {list(shape)} asks for {list(expected)}"
                 )
 
+    def parts(self, name: str, shape: Shape, ranges: Ranges) -> list[tuple[str, Ranges]]:
+        """Names and ranges of what a part of weight `name` is made of.
+
+        Raises InputError where it is cut within a block.
+        """
+        if not ranges:
+            return [(part, ()) for part in self.names(name)]
+        whole = (*ranges, *((0, size) for size in shape[len(ranges) :]))
+        for stored in self.tensors:
+            for dim, step in stored.axes:
+                start, stop = whole[dim]
+                if start % step or (stop % step and stop != shape[dim]):
+                    raise InputError(
+                        f"'{name}' is stored in blocks of {step} along dim {dim}, "
+                        f"which a part from {start} to {stop} cuts"
+                    )
+        return [(name + stored.suffix, stored.ranges(whole)) for stored in self.tensors]
+
 
 FORMATS = (
     # DeepSeek-V3 (2412.19437): a scale per block
     Format(
-        suffixes=("", "_scale_inv"),
+        tensors=(Stored("", ((0, 1), (1, 1))), Stored("_scale_inv", ((0, BLOCK), (1, BLOCK)))),
         dtype=torch.float8_e4m3fn,
         dims=2,
-        shapes=lambda s: (s, (-(-s[0] // BLOCK), -(-s[1] // BLOCK))),
         decode=dequantize_blocks,
     ),
     # gpt-oss: experts [E, in, out] as rows of `out`, in groups of `in`
     Format(
-        suffixes=("_blocks", "_scales"),
+        tensors=(
+            Stored("_blocks", ((0, 1), (2, 1), (1, GROUP)), (GROUP // 2,)),
+            Stored("_scales", ((0, 1), (2, 1), (1, GROUP))),
+        ),
         dtype=torch.uint8,
         dims=3,
-        shapes=lambda s: (
-            (s[0], s[2], -(-s[1] // GROUP), GROUP // 2),
-            (s[0], s[2], -(-s[1] // GROUP)),
-        ),
         decode=lambda blocks, scales: dequantize_mxfp4(blocks, scales).transpose(1, 2),
     ),
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from archzoo.checkpoint.folder import model_contents
-from archzoo.checkpoint.shards import Contents, write_contents
+from archzoo.checkpoint.shards import Contents, Later, write_contents
 from archzoo.errors import CheckpointError, InputError
 from archzoo.model import CausalLM
 
@@ -113,7 +113,8 @@ class AsyncSaver:
     def _snapshot(self, contents: Contents) -> tuple[Contents, list[Any]]:
         """A copy, and events after which it is complete."""
         copies, devices = {}, set()
-        for name, tensor in contents.tensors.items():
+        for name, found in contents.tensors.items():
+            tensor = found.make() if isinstance(found, Later) else found
             on_gpu = tensor.device.type == "cuda"
             copy = self._copies.get(name)
             if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):

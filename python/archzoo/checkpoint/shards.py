@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from archzoo import _rust
 from archzoo.checkpoint import dfloat11
-from archzoo.checkpoint.dfloat11 import DFloat11Folder
+from archzoo.checkpoint.dfloat11 import Bytes, DFloat11Folder
 from archzoo.data.gguf import GgufFile
 from archzoo.errors import CheckpointError, InputError
 
@@ -49,6 +49,14 @@ class Part(NamedTuple):
     ranges: tuple[tuple[int, int], ...] = ()
 
 
+class Later(NamedTuple):
+    """A tensor that is made when it is written, by any thread, and not kept."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
 @contextmanager
 def _faults() -> Iterator[None]:
     """Rust's checkpoint errors as archzoo's."""
@@ -58,7 +66,7 @@ def _faults() -> Iterator[None]:
         raise CheckpointError(str(error)) from None
 
 
-def bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
+def bytes_of(tensor: Tensor) -> Bytes:
     """The bytes of a contiguous CPU tensor, shared, as a 1-D array."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
@@ -111,6 +119,10 @@ class Reader:
         raw = torch.from_file(file, shared=False, size=stop, dtype=torch.uint8)[start:]
         aligned = raw if start % dtype.itemsize == 0 else raw.clone()
         return aligned.view(dtype).reshape(shape)
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the file has a tensor's bytes as they are, neither compressed nor quantised."""
+        return self._infos[name][3] is not None
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -263,31 +275,45 @@ def shard_bytes(size: int | str) -> int:
 
 
 def write_shards(
-    tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str, compress: bool = False
+    tensors: Mapping[str, Tensor | Later],
+    folder: str | Path,
+    max_shard_size: int | str,
+    compress: bool = False,
 ) -> None:
     """Write shards (and an index when there are several) into an existing folder.
 
     With `compress`, floating-point tensors are stored losslessly in less where that can be.
     """
-    items = []
+    items: list[tuple[str, str, tuple[int, ...], Bytes | Callable[[], Bytes]]] = []
     for name, tensor in tensors.items():
         if tensor.dtype not in TAGS:
             raise InputError(f"tensor '{name}': dtype {tensor.dtype} cannot be written to safetensors")
-        plain = tensor.detach().cpu().contiguous()
-        items.append((name, TAGS[tensor.dtype], tuple(tensor.shape), bytes_of(plain)))
+        content = partial(_made, tensor.make) if isinstance(tensor, Later) else _plain_bytes(tensor)
+        items.append((name, TAGS[tensor.dtype], tuple(tensor.shape), content))
     with _faults():
         _rust.write_shards(str(folder), items, shard_bytes(max_shard_size), compress)
 
 
+def _plain_bytes(tensor: Tensor) -> Bytes:
+    return bytes_of(tensor.detach().cpu().contiguous())
+
+
+def _made(make: Callable[[], Tensor]) -> Bytes:
+    return _plain_bytes(make())
+
+
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `folder` that takes its place, whole, when the block ends without an error."""
+def atomic_folder(folder: str | Path, obsolete: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary sibling of `folder` that takes its place, whole, when the block ends without an error.
+
+    Other files than weights stay as they were unless they are written anew or `obsolete`.
+    """
     with _faults():
         writer = _rust.FolderWriter(str(folder))
     try:
         yield Path(writer.path)
         with _faults():
-            writer.commit()
+            writer.commit(obsolete)
     except BaseException:
         writer.abort()
         raise
@@ -297,7 +323,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 class Contents:
     """What a folder is to hold: tensors in shards, other files, and no longer the `obsolete` ones."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor | Later]
     files: Mapping[str, bytes] = field(default_factory=dict)
     obsolete: tuple[str, ...] = ()
 
@@ -311,30 +337,50 @@ def write_contents(
     """
     if compress not in (None, "huffman", "dfloat11"):
         raise InputError(f"compress '{compress}': expected 'huffman', 'dfloat11' or None")
-    with atomic_folder(folder) as tmp:
+    with atomic_folder(folder, contents.obsolete) as tmp:
         tensors = contents.tensors
         for name, content in contents.files.items():
             (tmp / name).write_bytes(content)
+        older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
+        config = _json_object(older) if older else {}
         if compress == "dfloat11":
-            tensors, settings = dfloat11.encode(tensors)
-            older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
-            config = json.loads(older.read_text(encoding="utf-8")) if older else {}
-            text = json.dumps(config | {dfloat11.KEY: settings}, indent=2)
-            (tmp / "config.json").write_text(text + "\n", encoding="utf-8")
+            whole = {name: t.make() if isinstance(t, Later) else t for name, t in tensors.items()}
+            tensors, settings = dfloat11.encode(whole)
+            _write_config(tmp, config | {dfloat11.KEY: settings})
+        elif dfloat11.KEY in config:
+            del config[dfloat11.KEY]  # of the weights that were there
+            _write_config(tmp, config)
         write_shards(tensors, tmp, max_shard_size, compress == "huffman")
-    for name in contents.obsolete:  # carried over with an older folder's other files
-        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object in a file; of one that is damaged or holds something else, none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
     """A checkpoint as `save` writes it anew: tensors that stay in their files until then, and other files.
 
-    With `dtype` floating-point tensors of at least 16 bits are cast, in memory.
+    With `dtype` floating-point tensors of at least 16 bits are cast.
     """
-    tensors = {name: reader.mapped(name) for name in reader.keys()}  # noqa: SIM118
-    if dtype is not None:
-        wide = {torch.float64, *CASTS}
-        tensors = {name: t.to(dtype) if t.dtype in wide else t for name, t in tensors.items()}
+    wide = {torch.float64, *CASTS}
+    tensors: dict[str, Tensor | Later] = {}
+    for name in reader.keys():  # noqa: SIM118
+        stored, shape, _ = reader.info(name)
+        target = dtype if dtype is not None and stored in wide else stored
+        if target == stored and reader.is_plain(name):
+            tensors[name] = reader.mapped(name)
+        else:
+            tensors[name] = Later(target, shape, partial(_cast, reader, name, target))
     folder = reader.path if reader.path.is_dir() else None
     files = {}
     for path in sorted(folder.iterdir()) if folder else ():
@@ -350,6 +396,10 @@ def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
             config.pop("dtype", None)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return Contents(tensors, files)
+
+
+def _cast(reader: Reader, name: str, dtype: torch.dtype) -> Tensor:
+    return reader.mapped(name).to(dtype)
 
 
 def save(
