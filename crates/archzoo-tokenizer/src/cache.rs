@@ -67,7 +67,7 @@ struct Pair([Slot; 2]);
 
 const FREE: Pair = Pair([[0; 4]; 2]);
 
-/// Open addressing, at most half full, emptied when it may not grow.
+/// Open addressing, at most three quarters full, emptied when it may not grow.
 pub struct Cache {
     pairs: Vec<Pair>,
     used: usize,
@@ -121,7 +121,7 @@ impl Cache {
 
     /// Keeps the ids of a piece that is not there.
     pub fn insert(&mut self, key: &Key, hash: u64, ids: &[u32]) {
-        if self.used >= self.pairs.len() || self.beside.len() + ids.len() > MOST_BESIDE {
+        if 2 * self.used >= 3 * self.pairs.len() || self.beside.len() + ids.len() > MOST_BESIDE {
             self.make_room();
         }
         let mut four = [0; INLINE];
@@ -157,7 +157,7 @@ impl Cache {
             self.used = 0;
             return;
         }
-        let larger = vec![FREE; (self.pairs.len() * 4).min(self.most_slots / 2)];
+        let larger = vec![FREE; 2 * self.pairs.len()];
         for Pair(pair) in std::mem::replace(&mut self.pairs, larger) {
             for slot in pair.into_iter().filter(|slot| slot[1] != 0) {
                 self.place(slot, hash(&[slot[0], slot[1]]));
