@@ -314,6 +314,15 @@ mod tests {
         }
     }
 
+    /// A word's contraction has letters of any case.
+    #[test]
+    fn contractions_in_a_window() {
+        for word in ["a'lLb", "a'Ss's", "'sA", "A'ſa", "don'T'reX", "x'"] {
+            compare(&format!("{word}{}", "a".repeat(window::WIDTH)));
+            compare(&format!("{} {word}", "b ".repeat(window::WIDTH / 2 - 2)).repeat(2));
+        }
+    }
+
     /// Mostly characters that decide something, some of them several times.
     fn hostile() -> impl Strategy<Value = String> {
         let few = prop::sample::select(

@@ -270,7 +270,9 @@ pub fn o200k<const DIGITS: usize, const CONTRACTIONS: bool>(
         // A word has one.
         if length > 0 && i != end {
             end = i + length;
-            starts = starts & !bit(i) | bit(end) & w.letter & !w.tail;
+            // The case of its letters is of no account.
+            let within = bit(end).wrapping_sub(1) & !0 << i;
+            starts = starts & !within | bit(end) & w.letter & !w.tail;
         }
     }
     Some(starts)
