@@ -79,19 +79,8 @@ impl Trie {
     /// The longest token that `text` starts with, and its length; 0 for none.
     #[inline(always)]
     pub fn longest(&self, text: &[u8]) -> (u32, usize) {
-        let mut base = self.root;
         let (mut token, mut length) = (0, 0);
-        for (i, &byte) in text.iter().enumerate() {
-            let slot = self.slots[(base ^ u32::from(byte)) as usize];
-            if slot & ((1 << LABEL_BITS) - 1) != TAKEN | u64::from(byte) {
-                break;
-            }
-            let id = (slot >> TOKEN_SHIFT) as u32;
-            if id > 0 {
-                (token, length) = (id - 1, i + 1);
-            }
-            base = (slot >> LABEL_BITS) as u32;
-        }
+        self.prefixes(text, |id, end| (token, length) = (id, end));
         (token, length)
     }
 

@@ -144,6 +144,32 @@ impl Window {
         }
     }
 
+    /// `starts` without those in contractions, and with those behind: a contraction begins at an apostrophe of
+    /// `places` and is a piece, or with `IS_SUFFIX` the end of one.
+    #[inline(always)]
+    fn contracted<const ANY_CASE: bool, const IS_SUFFIX: bool>(
+        &self,
+        text: &[u8],
+        at: usize,
+        mut starts: u64,
+        places: u64,
+    ) -> u64 {
+        let mut quotes = places & self.quote;
+        let mut end = 0;
+        while quotes != 0 {
+            let i = quotes.trailing_zeros() as usize;
+            quotes &= quotes - 1;
+            let length = contraction::<ANY_CASE>(text, at + i);
+            // A word has one suffix.
+            if length > 0 && !(IS_SUFFIX && i == end) {
+                end = i + length;
+                let within = bit(end).wrapping_sub(1) & !0 << (i + usize::from(!IS_SUFFIX));
+                starts = starts & !within | bit(end) & self.letter & !self.tail;
+            }
+        }
+        starts
+    }
+
     /// Starts of pieces in white space, of which `space` is left. `bound` bytes count as the end of the text.
     #[inline(always)]
     fn blanks(&self, space: u64, how: Blanks, bound: u64) -> u64 {
@@ -202,18 +228,8 @@ pub fn gpt2<const DIGIT: bool>(table: &Table, text: &[u8], at: usize) -> Option<
     let others = first(other) & !after_blank;
     let (numbers, bound) =
         if DIGIT { (w.numbers(1)?, w.number) } else { (first(w.number) & !after_blank, 0) };
-    let mut starts =
-        first(w.letter) & !after_blank | others | numbers | w.blanks(w.space, Blanks::Plain, bound);
-    let mut quotes = others & w.letter >> 1 & w.quote;
-    while quotes != 0 {
-        let i = quotes.trailing_zeros() as usize;
-        quotes &= quotes - 1;
-        let length = contraction::<false>(text, at + i);
-        if length > 0 {
-            starts = starts & !bit(i + 1) | bit(i + length) & w.letter & !w.tail;
-        }
-    }
-    Some(starts)
+    let starts = first(w.letter) & !after_blank | others | numbers | w.blanks(w.space, Blanks::Plain, bound);
+    Some(w.contracted::<false, false>(text, at, starts, others & w.letter >> 1))
 }
 
 /// The same for [`families::cl100k`](crate::split::families::cl100k), with or without its end.
@@ -225,18 +241,9 @@ pub fn cl100k<const DIGITS: usize>(table: &Table, text: &[u8], at: usize) -> Opt
     let ended = runs_from(w.newline & other << 1, w.newline);
     // A character that a word may begin with: white space, and another that stands alone.
     let glued = (w.whole(others) | w.space & !w.newline) << 1;
-    let mut starts =
+    let starts =
         first(w.letter) & !glued | others | w.numbers(DIGITS)? | w.blanks(w.space & !ended, Blanks::Lines, 0);
-    let mut quotes = others & w.letter >> 1 & w.quote;
-    while quotes != 0 {
-        let i = quotes.trailing_zeros() as usize;
-        quotes &= quotes - 1;
-        let length = contraction::<true>(text, at + i);
-        if length > 0 {
-            starts |= bit(i + length) & w.letter & !w.tail;
-        }
-    }
-    Some(starts)
+    Some(w.contracted::<true, false>(text, at, starts, others & w.letter >> 1))
 }
 
 /// The same for [`families::o200k`](crate::split::families::o200k).
@@ -256,26 +263,15 @@ pub fn o200k<const DIGITS: usize, const CONTRACTIONS: bool>(
         return None;
     }
     let glued = (w.whole(others) | w.space & !w.newline) << 1;
-    let mut starts = first(w.letter) & !glued
+    let starts = first(w.letter) & !glued
         | w.upper & w.lower << 1
         | others
         | w.numbers(DIGITS)?
         | w.blanks(w.space & !ended, Blanks::Lines, 0);
-    let mut quotes = if CONTRACTIONS { others & w.letter << 1 & w.quote } else { 0 };
-    let mut end = 0;
-    while quotes != 0 {
-        let i = quotes.trailing_zeros() as usize;
-        quotes &= quotes - 1;
-        let length = contraction::<true>(text, at + i);
-        // A word has one.
-        if length > 0 && i != end {
-            end = i + length;
-            // The case of its letters is of no account.
-            let within = bit(end).wrapping_sub(1) & !0 << i;
-            starts = starts & !within | bit(end) & w.letter & !w.tail;
-        }
+    if !CONTRACTIONS {
+        return Some(starts);
     }
-    Some(starts)
+    Some(w.contracted::<true, true>(text, at, starts, others & w.letter << 1))
 }
 
 /// The same for [`families::deepseek`](crate::split::families::deepseek).
