@@ -1,9 +1,12 @@
 #![no_main]
 //! Any text comes back from its ids, in every family, with a vocabulary of bytes and some merges.
 
+mod base64;
+
 use std::sync::OnceLock;
 
 use archzoo_tokenizer::{Options, PATTERN_NAMES, Tokenizer};
+use base64::base64;
 use libfuzzer_sys::fuzz_target;
 
 fn tokenizers() -> &'static [Tokenizer] {
@@ -12,22 +15,10 @@ fn tokenizers() -> &'static [Tokenizer] {
         let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
         let words = ["th", "he", "the", " t", " the", "aa", "aaaa", "  ", "    ", "\n\n", "é", "中", "文"];
         tokens.extend(words.map(|word| word.as_bytes().to_vec()));
-        let lines: Vec<String> = tokens.iter().zip(0..).map(|(t, rank)| format!("{} {rank}\n", base64(t))).collect();
+        let lines: Vec<String> =
+            tokens.iter().zip(0..).map(|(t, rank)| format!("{} {rank}\n", base64(t))).collect();
         PATTERN_NAMES.map(|name| Tokenizer::from_bytes(lines.concat().as_bytes(), Some(name)).unwrap()).into()
     })
-}
-
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for chunk in bytes.chunks(3) {
-        let bits = chunk.iter().fold(0u32, |bits, &b| bits << 8 | u32::from(b)) << (8 * (3 - chunk.len()));
-        for i in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * i)) as usize & 63];
-            out.push(if i <= chunk.len() { char::from(digit) } else { '=' });
-        }
-    }
-    out
 }
 
 fuzz_target!(|text: &str| {
