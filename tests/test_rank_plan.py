@@ -143,6 +143,14 @@ def quantised(folder: Path, *changes: str) -> None:
     checkpoint.save(stored, folder)
 
 
+def experts_of(rank: Rank, name: str, whole: Tensor) -> Tensor:
+    """What one of two tensor-parallel ranks has of fused experts [E, out, in]."""
+    experts = whole.chunk(rank.expert[1])[rank.expert[0]]
+    if name.endswith("down"):
+        return experts.chunk(2, 2)[rank.tensor[0]]
+    return torch.cat([half.chunk(2, 1)[rank.tensor[0]] for half in experts.chunk(2, 1)], 1)
+
+
 @pytest.mark.parametrize("rank", [Rank(tensor=(1, 2)), Rank(tensor=(0, 2)), Rank((1, 2), (1, 2))])
 def test_blocks_of_eight_bits_are_read_in_part(rank: Rank, tmp_path: Path) -> None:
     quantised(tmp_path / "m", "layers.override.0.ffn.hidden=256")
@@ -151,12 +159,7 @@ def test_blocks_of_eight_bits_are_read_in_part(rank: Rank, tmp_path: Path) -> No
     names = [name for name in whole if ".experts." in name]
     assert len(names) >= 2
     for name in names:
-        experts = whole[name].chunk(rank.expert[1])[rank.expert[0]]
-        if name.endswith("down"):
-            expected = experts.chunk(2, 2)[rank.tensor[0]]
-        else:
-            expected = torch.cat([half.chunk(2, 1)[rank.tensor[0]] for half in experts.chunk(2, 1)], 1)
-        assert torch.equal(part[name], expected), name
+        assert torch.equal(part[name], experts_of(rank, name, whole[name])), name
 
 
 def test_a_cut_within_a_block_is_refused(tmp_path: Path) -> None:
@@ -184,9 +187,4 @@ def test_groups_of_four_bits_are_read_in_part(rank: Rank, tmp_path: Path) -> Non
     whole = state(archzoo.load(tmp_path / "m"))
     part = checkpoint.load_part(tmp_path / "m", rank)
     for name in (n for n in state(model) if n.endswith(("experts.gate_up", "experts.down"))):
-        experts = whole[name].chunk(rank.expert[1])[rank.expert[0]]
-        if name.endswith("down"):
-            expected = experts.chunk(2, 2)[rank.tensor[0]]
-        else:
-            expected = torch.cat([half.chunk(2, 1)[rank.tensor[0]] for half in experts.chunk(2, 1)], 1)
-        assert torch.equal(part[name], expected), name
+        assert torch.equal(part[name], experts_of(rank, name, whole[name])), name
