@@ -388,12 +388,10 @@ def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
             path.name.startswith("model") and path.suffix in (".json", ".safetensors")
         ):
             files[path.name] = path.read_bytes()
-    if "config.json" in files and (dtype is not None or isinstance(reader._reader, DFloat11Folder)):
+    if "config.json" in files and dtype is not None:
         config = json.loads(files["config.json"])
-        config.pop(dfloat11.KEY, None)  # the copies are plain
-        if dtype is not None:
-            config["torch_dtype"] = str(dtype).removeprefix("torch.")
-            config.pop("dtype", None)
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("dtype", None)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return Contents(tensors, files)
 
