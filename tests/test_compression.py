@@ -174,6 +174,17 @@ def test_unknown_codecs_are_refused(tmp_path: Path) -> None:
         checkpoint.save({}, tmp_path / "m", compress="zip")
 
 
+def test_settings_do_not_replace_a_damaged_config(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}
+    checkpoint.save(tensors, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: not a JSON object, which dfloat11's settings"):
+        checkpoint.save(tensors, tmp_path / "m", compress="dfloat11")
+    assert (tmp_path / "m" / "config.json").read_text() == "{"
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert checkpoint.load(tmp_path / "m").keys() == tensors.keys()
+
+
 def dfloat11_round_trip(tensors: list[Tensor]) -> float | None:
     buffers = _rust.encode_dfloat11([bytes_of(t) for t in tensors])
     if buffers is None:

@@ -344,22 +344,24 @@ def write_contents(
         older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
         config = _json_object(older) if older else {}
         if compress == "dfloat11":
+            if config is None:
+                raise CheckpointError(f"{older}: not a JSON object, which dfloat11's settings go into")
             whole = {name: t.make() if isinstance(t, Later) else t for name, t in tensors.items()}
             tensors, settings = dfloat11.encode(whole)
             _write_config(tmp, config | {dfloat11.KEY: settings})
-        elif dfloat11.KEY in config:
+        elif config and dfloat11.KEY in config:
             del config[dfloat11.KEY]  # of the weights that were there
             _write_config(tmp, config)
         write_shards(tensors, tmp, max_shard_size, compress == "huffman")
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a file; of one that is damaged or holds something else, none."""
+def _json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if it is damaged or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
