@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ class HuggingFace:
         self.special_tokens: dict[str, int] = {}
         self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
-        rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         ids = np.concatenate([np.asarray(row, np.uint32) for row in rows])
         return Ids(ids, np.cumsum([0, *map(len, rows)]))
 
@@ -55,7 +55,7 @@ class Fast:
     vocab_size, hash = 256, "bytes"
     special_tokens: dict[str, int] = {}  # noqa: RUF012
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
+    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
         rows = [text.encode() for text in texts]
         ids = np.frombuffer(b"".join(rows), np.uint8).astype(np.uint32)
         return Ids(ids, np.cumsum([0, *map(len, rows)]))

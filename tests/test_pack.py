@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +56,7 @@ class Bytes:
     special_tokens = {"<|endoftext|>": EOS}  # noqa: RUF012
     hash = "bytes"
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
+    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
         return Ids.of([np.frombuffer(text.encode(), np.uint8) for text in texts])
 
 
@@ -70,8 +70,10 @@ class HuggingFace:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.hash = hashlib.sha256(content.encode()).hexdigest()
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
-        return Ids.of([e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
+        return Ids.of(
+            [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        )
 
 
 def words(count: int, seed: int = 0) -> list[str]:
@@ -129,24 +131,27 @@ def test_the_result_does_not_depend_on_batches(
 ) -> None:
     source = jsonl(tmp_path / "a.jsonl", words(300))
     write_pack([source], Bytes(), tmp_path / "want", shard_tokens=700)
-    monkeypatch.setattr(pack_module, "_BATCH", size)
+    monkeypatch.setattr(documents, "BLOCK", size)
+    monkeypatch.setattr(pack_module, "BLOCK", size)
     write_pack([source], Bytes(), tmp_path / "have", shard_tokens=700)
     assert contents(tmp_path / "have") == contents(tmp_path / "want")
 
 
 def test_a_large_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_PIECE", 100)
+    monkeypatch.setattr(documents, "BLOCK", 100)
     text = "line\n\n  indented é\nnext\r\n" * 50 + "z" * 500
     (tmp_path / "a.txt").write_bytes(text.encode())
-    pieces = list(documents.Documents(tmp_path / "a.txt"))
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    blocks = list(documents.Documents(tmp_path / "a.txt"))
+    pieces = ["".join(block.texts) for block in blocks]
+    assert len(pieces) > 10
+    assert "".join(pieces) == text
+    assert [block.ends for block in blocks] == [False] * (len(blocks) - 1) + [True]
     for before, after in pairwise(pieces):
-        if "z" in after.text:
+        if "z" in after:
             break
-        assert before.text.endswith("\n")
-        assert not after.text[0].isspace()
-    monkeypatch.setattr(pack_module, "_BATCH", 200)
+        assert before.endswith("\n")
+        assert not after[0].isspace()
+    monkeypatch.setattr(pack_module, "_SMALL", 0)
     manifest = write_pack([tmp_path / "a.txt"], Bytes(), tmp_path / "out", shard_tokens=300)
     assert (manifest.documents, len(manifest.shards)) == (1, 1)
     assert texts_of(Pack(tmp_path / "out")) == [text]
@@ -241,20 +246,23 @@ class Dies(Bytes):
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = True, /) -> Ids:
+    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
         if any(self.text in text for text in texts):
             raise KeyboardInterrupt
         return super().encode_batch(texts)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_module, "_BATCH", 100)
-    texts = words(400)
+    monkeypatch.setattr(documents, "BLOCK", 100)
+    monkeypatch.setattr(pack_module, "BLOCK", 100)
+    texts = words(500)
     for i in range(4):
         jsonl(tmp_path / f"{i}.jsonl", texts[i * 100 : i * 100 + 100])
+    for i in range(400, 500):
+        (tmp_path / f"{i}.txt").write_text(texts[i], encoding="utf-8")
     want, out = tmp_path / "want", tmp_path / "out"
     write_pack([tmp_path], Bytes(), want, shard_tokens=900)
-    for text in ("50 ", "150 ", "299 ", "399 "):
+    for text in ("50 ", "150 ", "299 ", "399 ", "470 ", "499 "):
         with pytest.raises(KeyboardInterrupt):
             write_pack([tmp_path], Dies(text), out, shard_tokens=900)
         with pytest.raises(PackError, match="packing has not finished"):
@@ -284,7 +292,7 @@ sys.path.insert(0, sys.argv[3])
 from test_pack import Bytes
 from archzoo.data import write_pack
 import importlib
-importlib.import_module("archzoo.data.pack")._BATCH = 2000
+importlib.import_module("archzoo.data.documents").BLOCK = 2000
 class Slow(Bytes):
     def encode_batch(self, texts, add_special_tokens=True):
         time.sleep(0.01)

@@ -1,7 +1,7 @@
 """The native module: routing and checkpoint IO in Rust. All work runs with the interpreter released."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias, final
 
@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointReader",
     "FolderWriter",
     "GgufReader",
+    "Texts",
     "Tokenizer",
     "TokenizerError",
     "Utf8Stream",
@@ -27,6 +28,7 @@ __all__ = [
     "encode_dfloat11",
     "eplb",
     "experts",
+    "file_texts",
     "gate",
     "gated_rms_norm",
     "has_bfloat16",
@@ -42,6 +44,7 @@ __all__ = [
     "ssd_scan",
     "ssd_step",
     "swiglu",
+    "text_start",
     "write_shards",
 ]
 __version__: str
@@ -62,8 +65,24 @@ class BpeTrainer:
     def train(self, vocab_size: int, special_tokens: list[str], min_frequency: int) -> str:
         """Learns the vocabulary; returns it as the text of a `tokenizer.json`."""
 
-def json_texts(lines: bytes, key: str) -> tuple[list[str], int, str | None]:
+@final
+class Texts:
+    """Texts, one after the other in memory; as many strings for who iterates."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
+
+def json_texts(lines: bytes, key: str) -> tuple[Texts, int, str | None]:
     """The text at `key` of every JSON object, one a line; how many lines; what is wrong with the next one."""
+
+def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
+    """The start of a text file, up to a line that does not start with white space; how many bytes that is.
+
+    All of it if it is `whole`. ValueError if it is not UTF-8.
+    """
+
+def file_texts(paths: Sequence[str | os.PathLike[str]]) -> Texts:
+    """The texts of whole files. OSError or ValueError names the one that cannot be read or is not UTF-8."""
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""
@@ -200,7 +219,7 @@ class Tokenizer:
     def count(self, text: str, add_special_tokens: bool, allowed_special: set[str] | None) -> int:
         """Number of ids of a text."""
     def encode_batch(
-        self, texts: list[str], add_special_tokens: bool, allowed_special: set[str] | None
+        self, texts: list[str] | Texts, add_special_tokens: bool, allowed_special: set[str] | None
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of all texts `[N]` and offsets `[n + 1]`."""
     def decode(self, ids: npt.NDArray[np.uint32], skip_special_tokens: bool) -> str:

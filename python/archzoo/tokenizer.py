@@ -156,7 +156,7 @@ class Tokenizer:
         """Ids of many texts on all threads; see `encode`."""
         if isinstance(texts, str):
             raise InputError("encode_batch takes many texts; encode takes one")
-        texts = texts if isinstance(texts, list) else list(texts)
+        texts = texts if isinstance(texts, list | _rust.Texts) else list(texts)
         try:
             return Ragged(*self._native.encode_batch(texts, add_special_tokens, _allowed(allowed_special)))
         except _rust.TokenizerError as error:

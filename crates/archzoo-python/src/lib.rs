@@ -7,9 +7,9 @@ mod decode;
 mod eplb;
 mod gate;
 mod gguf;
-mod lines;
 mod plan;
 mod pool;
+mod texts;
 mod tokenizer;
 
 use pyo3::prelude::*;
@@ -36,9 +36,9 @@ mod _rust {
     #[pymodule_export]
     use super::gguf::GgufReader;
     #[pymodule_export]
-    use super::lines::json_texts;
-    #[pymodule_export]
     use super::plan::plan;
+    #[pymodule_export]
+    use super::texts::{Texts, file_texts, json_texts, text_start};
     #[pymodule_export]
     use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat, split_patterns};
 

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
 use crate::pool;
+use crate::texts::Texts;
 
 pyo3::create_exception!(
     archzoo._rust,
@@ -26,6 +27,13 @@ pub struct PyTokenizer(Tokenizer);
 
 /// Ids of several texts, and where each text's start.
 type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
+
+/// Texts to encode.
+#[derive(FromPyObject)]
+enum Batch<'py> {
+    Texts(Bound<'py, Texts>),
+    List(Vec<Bound<'py, PyString>>),
+}
 
 #[pymethods]
 impl PyTokenizer {
@@ -126,11 +134,14 @@ impl PyTokenizer {
     fn encode_batch<'py>(
         &self,
         py: Python<'py>,
-        texts: Vec<Bound<'py, PyString>>,
+        texts: Batch<'py>,
         add_special_tokens: bool,
         allowed_special: Option<BTreeSet<String>>,
     ) -> PyResult<Ragged<'py>> {
-        let texts = texts.iter().map(utf8).collect::<PyResult<Vec<&str>>>()?;
+        let texts: Vec<&str> = match &texts {
+            Batch::Texts(texts) => texts.get().parts().collect(),
+            Batch::List(texts) => texts.iter().map(utf8).collect::<PyResult<_>>()?,
+        };
         let options = options(add_special_tokens, allowed_special.as_ref());
         let ragged = py.detach(|| pool::run(|| self.0.encode_batch(&texts, options)))?.map_err(to_python)?;
         let offsets = PyArray1::from_vec(py, ragged.offsets);

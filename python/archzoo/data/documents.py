@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -14,15 +15,15 @@ from archzoo.errors import InputError
 
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = (*(a + b for a in TEXT + LINES for b in ("", ".gz", ".zst")), *PARQUET)
-_PIECE = 1 << 22  # characters
-_BLOCK = 1 << 20  # bytes
+BLOCK = 1 << 21
+"""Bytes that are read at once: enough for all threads, small enough that several fit anywhere."""
 
 
-class Piece(NamedTuple):
-    """Text of a document; all of it, or one of several parts of which the last one `ends` it."""
+class Block(NamedTuple):
+    """Texts of documents, one each; the last document goes on in the next block unless it `ends` here."""
 
-    text: str
-    ends: bool
+    texts: list[str] | _rust.Texts
+    ends: bool = True
 
 
 def input_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -30,7 +31,8 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
     found = []
     for path in map(Path, inputs):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+            names = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+            inside = sorted((p for p in names if p.name.endswith(SUFFIXES) and p.is_file()), key=_parts)
             if not inside:
                 raise InputError(f"{path}: no file that ends in one of {', '.join(SUFFIXES)}")
             found += inside
@@ -43,11 +45,15 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
     return found
 
 
+def _parts(path: Path) -> tuple[str, ...]:
+    return path.parts
+
+
 class Documents:
     """The documents of one file in their order; `bytes_read` of it have been read so far.
 
-    A text file is one document. Beyond 4 million characters it comes in parts that end, where they can, with
-    the last line break before a line that does not start with white space: no word is cut.
+    A text file is one document. A large one comes in parts that end, where they can, with the last line break
+    before a line that does not start with white space: no word is cut.
     """
 
     def __init__(self, path: Path, text_key: str = "text") -> None:
@@ -59,7 +65,7 @@ class Documents:
     def bytes_read(self) -> int:
         return min(self.size, self._raw.tell()) if self._raw and not self._raw.closed else self.size
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Block]:
         name = self.path.name.removesuffix(".gz").removesuffix(".zst")
         with open(self.path, "rb") as self._raw:
             if name.endswith(PARQUET):
@@ -71,38 +77,40 @@ class Documents:
                 except (EOFError, OSError) as error:  # of gzip
                     raise InputError(f"{self.path}: {error}") from None
 
-    def _text(self, file: IO[bytes]) -> Iterator[Piece]:
-        held = ""
-        try:
-            with io.TextIOWrapper(file, encoding="utf-8", newline="") as reader:
-                while more := reader.read(_PIECE):
-                    held += more
-                    if len(held) > _PIECE:
-                        cut = _line_start(held)
-                        yield Piece(held[:cut], False)
-                        held = held[cut:]
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: not UTF-8 text: {error.reason}") from None
-        yield Piece(held, True)
+    def _text(self, file: IO[bytes]) -> Iterator[Block]:
+        held = b""
+        while True:
+            more = file.read(BLOCK)
+            held += more
+            if more and len(held) <= BLOCK:
+                continue
+            try:
+                texts, size = _rust.text_start(held, not more)
+            except ValueError as error:
+                raise InputError(f"{self.path}: {error}") from None
+            yield Block(texts, not more)
+            if not more:
+                return
+            held = held[size:]
 
-    def _lines(self, file: IO[bytes]) -> Iterator[Piece]:
+    def _lines(self, file: IO[bytes]) -> Iterator[Block]:
         number, held = 1, b""
         while True:
-            block = file.read(_BLOCK)
+            block = file.read(BLOCK)
             end = block.rfind(b"\n") + 1 if block else 0
             if block and not end:
                 held += block
                 continue
             texts, count, fault = _rust.json_texts(held + block[:end], self.text_key)
             held, number = block[end:], number + count
-            for text in texts:
-                yield Piece(text, True)
+            if len(texts):
+                yield Block(texts)
             if fault is not None:
                 raise InputError(f"{self.path}, line {number}: {fault}")
             if not block:
                 return
 
-    def _rows(self, file: IO[bytes]) -> Iterator[Piece]:
+    def _rows(self, file: IO[bytes]) -> Iterator[Block]:
         parquet = _optional("pyarrow.parquet", self.path)
         try:
             table = parquet.ParquetFile(file)
@@ -111,22 +119,22 @@ class Documents:
                 raise InputError(f"{self.path}: no column '{self.text_key}'")
             row = 0
             for batch in batches:
-                for text in batch.column(0).to_pylist():
-                    row += 1
+                texts = batch.column(0).to_pylist()
+                for i, text in enumerate(texts, row + 1):
                     if not isinstance(text, str):
-                        raise InputError(f"{self.path}, row {row}: no text in column '{self.text_key}'")
-                    yield Piece(text, True)
+                        raise InputError(f"{self.path}, row {i}: no text in column '{self.text_key}'")
+                row += len(texts)
+                yield Block(texts)
         except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, a damaged page an OSError
             raise InputError(f"{self.path}: {error}") from None
 
 
-def _line_start(text: str) -> int:
-    """Where the last line begins that starts with more than white space, in the second half of `text`."""
-    at = len(text)
-    while (at := text.rfind("\n", len(text) // 2, at)) >= 0:
-        if at + 1 < len(text) and not text[at + 1].isspace():
-            return at + 1
-    return len(text)
+def small_texts(paths: Sequence[Path]) -> Block:
+    """Text files, small and not compressed: a document each."""
+    try:
+        return Block(_rust.file_texts(paths))
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from None
 
 
 def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:

@@ -28,15 +28,18 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from archzoo.data.documents import Documents, input_files
+from archzoo._rust import Texts
+from archzoo.data.documents import BLOCK, TEXT, Block, Documents, input_files, small_texts
 from archzoo.data.files import replace_text, sync, sync_folder
 from archzoo.errors import InputError, PackError
 
 T = TypeVar("T")
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
-_BATCH = 1 << 21
-"""Characters that are encoded at once: enough for all threads, small enough that several fit anywhere."""
+_SMALL = 1 << 18
+"""Bytes of a text file that is read with its neighbours, at most."""
+_WRITE_BACK = 1 << 23
+"""Bytes after which the disk gets to work, so that it does not have all of a shard to do at its end."""
 
 
 class Ragged(Protocol):
@@ -49,7 +52,7 @@ class Ragged(Protocol):
 
 
 class PackTokenizer(Protocol):
-    """What packing needs of a tokenizer; `archzoo.Tokenizer` is one."""
+    """What packing needs of a tokenizer; `archzoo.Tokenizer` is one. `Texts` is as many strings."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -57,7 +60,7 @@ class PackTokenizer(Protocol):
     def special_tokens(self) -> dict[str, int]: ...
     @property
     def hash(self) -> str: ...
-    def encode_batch(self, texts: list[str], add_special_tokens: bool, /) -> Ragged: ...
+    def encode_batch(self, texts: list[str] | Texts, add_special_tokens: bool, /) -> Ragged: ...
 
 
 class _Data(BaseModel):
@@ -148,10 +151,20 @@ class _Unfinished(_Data):
 
 
 class _Batch(NamedTuple):
-    texts: list[str]
-    ends: list[bool]
-    places: list[_Place]  # after each text
+    block: Block
+    start: _Place
+    is_files: bool  # a text each, else texts of one file
     bytes_read: int
+
+    @property
+    def documents(self) -> int:
+        """Documents that end here."""
+        return len(self.block.texts) - (not self.block.ends)
+
+    def place(self, documents: int) -> _Place:
+        """Where packing goes on after this many of the documents."""
+        input, before = self.start
+        return _Place(input + documents) if self.is_files else _Place(input, before + documents)
 
 
 class _Encoded(NamedTuple):
@@ -262,13 +275,14 @@ class _Packer:
             self.finisher = finisher
             if (self.folder / MANIFEST).exists():
                 return self._same(PackManifest.read(self.folder))
-            hashes: list[Future[str]] = [hasher.submit(_sha256, path) for path in self.files]
+            stop = threading.Event()
+            hashes = hasher.submit(lambda: [_sha256(path) for path in self.files if not stop.is_set()])
             try:
                 self._write(progress)
             except BaseException:
-                hasher.shutdown(wait=False, cancel_futures=True)
+                stop.set()
                 raise
-            digests = [future.result() for future in hashes]
+            digests = hashes.result()
         shards = self.state.shards
         manifest = PackManifest(
             dtype=self.settings.dtype,
@@ -311,22 +325,20 @@ class _Packer:
         with bar, closing(_ahead(self._encoded(_ahead(self._batches())))) as encoded:
             try:
                 for batch, ids, offsets in encoded:
-                    start = 0
-                    ends = np.flatnonzero(batch.ends)
-                    at = offsets[ends + 1]  # where documents end in this batch
-                    while start < len(ids) or len(ends):
+                    start = first = 0
+                    ends = offsets[1 : 1 + batch.documents]
+                    while start < len(ids) or first < len(ends):
                         if shard is None:
                             shard = _Shard(self.folder, number, self.settings.dtype)
                             number += 1
-                        full = int(np.searchsorted(at, start + self.settings.shard_tokens - shard.tokens))
-                        done = full < len(at)
-                        stop = int(at[full]) if done else len(ids)
-                        taken = full + 1 if done else len(at)
-                        shard.write(ids[start:stop], at[:taken] - start)
-                        start, last = stop, ends[taken - 1] if taken else None
-                        ends, at = ends[taken:], at[taken:]
-                        if done and last is not None:
-                            finishing = self._finish(shard, batch.places[last], finishing)
+                        room = self.settings.shard_tokens - shard.tokens
+                        full = first + int(np.searchsorted(ends[first:], start + room))
+                        done = full < len(ends)
+                        stop, last = (int(ends[full]), full + 1) if done else (len(ids), len(ends))
+                        shard.write(ids[start:stop], ends[first:last] - start)
+                        start, first = stop, last
+                        if done:
+                            finishing = self._finish(shard, batch.place(last), finishing)
                             shard = None
                     tokens += len(ids)
                     bar.update(task, completed=batch.bytes_read, tokens=tokens)
@@ -341,28 +353,38 @@ class _Packer:
 
     def _batches(self) -> Iterator[_Batch]:
         """Texts from where the last finished shard ends."""
-        texts: list[str] = []
-        ends: list[bool] = []
-        places: list[_Place] = []
-        size, before = 0, sum(self.sizes[: self.state.place.input])
-        for i in range(self.state.place.input, len(self.files)):
+        (i, skip), before = self.state.place, sum(self.sizes[: self.state.place.input])
+        while i < len(self.files):
+            if not skip and (small := self._small(i)):
+                before += sum(self.sizes[i : i + small])
+                yield _Batch(small_texts(self.files[i : i + small]), _Place(i), True, before)
+                i += small
+                continue
             documents = Documents(self.files[i], self.settings.text_key)
-            skip = self.state.place.documents if i == self.state.place.input else 0
             done = 0
-            for text, end in documents:
-                done += end
-                if done - end < skip:
-                    continue
-                texts.append(text)
-                ends.append(end)
-                places.append(_Place(i, done))
-                size += len(text)
-                if size >= _BATCH or len(texts) == 1 << 16:
-                    yield _Batch(texts, ends, places, before + documents.bytes_read)
-                    texts, ends, places, size = [], [], [], 0
+            for block in documents:
+                start, batch = done, _Batch(block, _Place(i, done), False, before + documents.bytes_read)
+                done += batch.documents
+                if start < skip:  # of an unfinished run
+                    rest = list(block.texts)[skip - start :]
+                    if not rest:
+                        continue
+                    batch = batch._replace(block=Block(rest, block.ends), start=_Place(i, skip))
+                yield batch
             before += self.sizes[i]
-        if texts:
-            yield _Batch(texts, ends, places, before)
+            i, skip = i + 1, 0
+
+    def _small(self, first: int) -> int:
+        """How many files from `first` on are small text files that make one batch."""
+        count = size = 0
+        for path, bytes in zip(
+            self.files[first : first + 4096], self.sizes[first : first + 4096], strict=True
+        ):
+            size += bytes
+            if path.suffix not in TEXT or bytes > _SMALL or size > BLOCK:
+                break
+            count += 1
+        return count
 
     def _encoded(self, batches: Generator[_Batch]) -> Iterator[_Encoded]:
         """The batches in their order, two at work: as one nears its end, the next keeps all threads busy."""
@@ -376,14 +398,16 @@ class _Packer:
                 yield waiting.popleft().result()
 
     def _encode(self, batch: _Batch) -> _Encoded:
-        ragged = self.tokenizer.encode_batch(batch.texts, False)  # --append-eos parts documents
+        # --append-eos parts documents, nothing else goes between them.
+        ragged = self.tokenizer.encode_batch(batch.block.texts, False)
         ids, offsets = ragged.ids, ragged.offsets
         if len(ids) and (highest := int(ids.max())) >= self.settings.vocab_size:
             raise PackError(f"the tokenizer made id {highest}, its vocab_size is {self.settings.vocab_size}")
         if (eos := self.settings.eos_token_id) is not None:
-            ends = np.array(batch.ends)
-            ids = np.insert(ids, offsets[1:][ends], eos)
-            offsets = offsets + np.concatenate(([0], np.cumsum(ends)))
+            ends = offsets[1 : 1 + batch.documents]
+            ids = np.insert(ids, ends, eos)
+            ends += np.arange(1, len(ends) + 1)
+            offsets[1 + len(ends) :] = len(ids)
         return _Encoded(batch, ids, offsets)
 
     def _finish(self, shard: _Shard, place: _Place, before: Future[None] | None) -> Future[None]:
@@ -408,16 +432,22 @@ class _Shard:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.tokens = 0
         self._ends: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self._on_way = 0  # bytes that the disk has been told of
         self._digest = hashlib.sha256()
         self._file = open(self._temporary("tokens"), "wb")  # noqa: SIM115
 
     def write(self, ids: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> None:
         """Append tokens; documents end after `ends` of them."""
-        data = ids.astype(self.dtype).data.cast("B")
+        data = ids.astype(self.dtype, copy=False).data.cast("B")
         self._file.write(data)
         self._digest.update(data)
         self._ends.append(ends + self.tokens)
         self.tokens += len(ids)
+        if self._file.tell() - self._on_way >= _WRITE_BACK and hasattr(os, "posix_fadvise"):
+            self._file.flush()
+            # Of pages that are not on the disk yet, this starts the writing.
+            os.posix_fadvise(self._file.fileno(), self._on_way, 0, os.POSIX_FADV_DONTNEED)
+            self._on_way = self._file.tell()
 
     def finish(self) -> PackShard:
         """Bring both files to the disk, then give them their names."""
@@ -497,8 +527,12 @@ def _eos(tokenizer: PackTokenizer, name: str | None) -> int:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb", buffering=0) as file:
+        start = file.read(_SMALL)
+        digest = hashlib.sha256(start)
+        if len(start) == _SMALL:
+            hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()
 
 
 def _replace(path: Path, content: BaseModel) -> None:
