@@ -71,7 +71,7 @@ pub fn json_texts(py: Python, lines: PyBackedBytes, key: &str) -> (Texts, usize,
 #[pyfunction]
 pub fn text_start(py: Python, content: PyBackedBytes, whole: bool) -> PyResult<(Texts, usize)> {
     py.detach(|| {
-        let text = match std::str::from_utf8(&content) {
+        let text = match simdutf8::compat::from_utf8(&content) {
             Ok(text) => text,
             // A character that goes on after the content.
             Err(e) if e.error_len().is_none() && !whole => {
@@ -104,7 +104,7 @@ pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<Texts> {
             content.clear();
             let read = File::open(path).and_then(|mut file| file.read_to_end(&mut content));
             read.map_err(|e| PyOSError::new_err(format!("{}: {e}", path.display())))?;
-            let text = std::str::from_utf8(&content);
+            let text = simdutf8::compat::from_utf8(&content);
             texts.content +=
                 text.map_err(|e| PyValueError::new_err(format!("{}: {}", path.display(), not_utf8(e))))?;
             texts.end();
@@ -113,13 +113,14 @@ pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<Texts> {
     })
 }
 
-fn not_utf8(error: std::str::Utf8Error) -> String {
+fn not_utf8(error: simdutf8::compat::Utf8Error) -> String {
     format!("not UTF-8 text: {error}")
 }
 
 /// Appends the text of a line to `out`.
 fn add_text(line: &[u8], key: &str, out: &mut String) -> serde_json::Result<()> {
-    let mut json = serde_json::Deserializer::from_slice(line);
+    let line = simdutf8::compat::from_utf8(line).map_err(serde_json::Error::custom)?;
+    let mut json = serde_json::Deserializer::from_str(line);
     Object { key, out }.deserialize(&mut json)?;
     json.end()
 }
