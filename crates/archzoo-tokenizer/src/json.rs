@@ -590,7 +590,11 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
     let bytes: Vec<(&[u8], u32)> = spans.iter().map(|(span, id, _)| (&arena[span.clone()], *id)).collect();
     let vocab = Vocab::new(&bytes, |i| spans[i].2)?;
 
-    let ids = |(rank, merge): (usize, &Merge)| {
+    let mut is_found = vec![false; vocab.len()];
+    for (span, id, found) in &spans {
+        is_found[*id as usize] = *found && !span.is_empty();
+    }
+    let ids = |last: &mut u32, (rank, merge): (usize, &Merge)| {
         let wrong = |what: &str| {
             let shown = merge.parts().map_or_else(String::new, |(left, right)| format!("{left:?} {right:?}"));
             Error::new(format!("merge {rank} ({shown}) {what}"))
@@ -607,11 +611,15 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
         };
         let cut = append(left)?;
         append(right)?;
-        let id =
-            |token: &[u8]| vocab.get(token).ok_or_else(|| wrong("has a token that the vocabulary lacks"));
-        Ok(((id(&token[..cut])?, id(&token[cut..])?, rank as u32), id(&token)?))
+        let lacks = || wrong("has a token that the vocabulary lacks");
+        let id = |token: &[u8]| vocab.get(token).ok_or_else(lacks);
+        // Merges are mostly in the order of what they give: no search for that.
+        let is_it = |&id: &u32| is_found.get(id as usize) == Some(&true) && vocab.bytes(id) == Some(&token);
+        let product = [*last, *last + 1].into_iter().find(is_it).map_or_else(|| id(&token), Ok)?;
+        *last = product;
+        Ok(((id(&token[..cut])?, id(&token[cut..])?, rank as u32), product))
     };
-    let merges = merges.par_iter().enumerate().map(ids).collect::<Result<Vec<_>>>()?;
+    let merges = merges.par_iter().enumerate().map_init(|| 0, ids).collect::<Result<Vec<_>>>()?;
     let (left_right, products): (Vec<_>, Vec<_>) = merges.into_iter().unzip();
     let symbols = if byte_level {
         let mut ids = Box::new([MISSING; 256]);

@@ -27,10 +27,10 @@ impl Trie {
     /// A trie of tokens, no two alike and none empty, each with its id. Also calls `shorter` with each token that
     /// starts with others and the longest of those.
     pub fn new(tokens: &[(&[u8], u32)], mut shorter: impl FnMut(u32, u32)) -> Self {
-        let mut order: Vec<(u64, u32)> =
-            tokens.iter().zip(0..).map(|((token, _), i)| (first_bytes(token), i)).collect();
-        let bytes = |i: u32| tokens[i as usize].0;
-        order.par_sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| bytes(a.1).cmp(bytes(b.1))));
+        let mut order: Vec<Entry> =
+            tokens.iter().zip(0..).map(|((token, _), i)| Entry::new(token, i)).collect();
+        let bytes = |entry: &Entry| tokens[entry.index as usize].0;
+        order.par_sort_unstable_by(|a, b| a.start.cmp(&b.start).then_with(|| bytes(a).cmp(bytes(b))));
         // Block 0 stays empty: it has the children of leaves.
         let mut builder =
             Builder { slots: vec![0; BLOCK], blocks: vec![Room::FULL], open: Vec::new(), labels: Vec::new() };
@@ -40,8 +40,8 @@ impl Trie {
         while let Some(Node { first, last, depth, slot, above }) = nodes.pop() {
             let (mut start, mut above) = (first, above);
             let mut token = None;
-            if first < last && bytes(order[first].1).len() == depth {
-                let id = tokens[order[first].1 as usize].1;
+            if first < last && order[first].length as usize == depth {
+                let id = tokens[order[first].index as usize].1;
                 if let Some(above) = above {
                     shorter(id, above);
                 }
@@ -49,9 +49,13 @@ impl Trie {
                 start += 1;
             }
             children.clear();
+            let byte_of = |entry: &Entry| match depth {
+                0..8 => entry.start.to_be_bytes()[depth],
+                _ => bytes(entry)[depth],
+            };
             while start < last {
-                let byte = bytes(order[start].1)[depth];
-                let has_byte = |&(_, i): &(u64, u32)| bytes(i)[depth] == byte;
+                let byte = byte_of(&order[start]);
+                let has_byte = |entry: &Entry| byte_of(entry) == byte;
                 // Most nodes have one child.
                 let is_only = has_byte(&order[last - 1]);
                 let end = if is_only { last } else { start + order[start..last].partition_point(has_byte) };
@@ -128,12 +132,21 @@ struct Node {
     above: Option<u32>,
 }
 
-/// Bytes in the order of their comparison.
-fn first_bytes(token: &[u8]) -> u64 {
-    let mut padded = [0; 8];
-    let length = token.len().min(8);
-    padded[..length].copy_from_slice(&token[..length]);
-    u64::from_be_bytes(padded)
+/// A token to be sorted.
+struct Entry {
+    /// Its first bytes, the first one highest.
+    start: u64,
+    length: u32,
+    index: u32,
+}
+
+impl Entry {
+    fn new(token: &[u8], index: u32) -> Self {
+        let mut padded = [0; 8];
+        let length = token.len().min(8);
+        padded[..length].copy_from_slice(&token[..length]);
+        Self { start: u64::from_be_bytes(padded), length: token.len() as u32, index }
+    }
 }
 
 /// Free slots and free bases of a block, a bit each.
