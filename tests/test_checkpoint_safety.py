@@ -248,9 +248,10 @@ def run(source, out):
     if source.endswith("dcp"):
         from_dcp(source, out, max_shard_size="100MB")
     else:
-        checkpoint.save(checkpoint.copied(checkpoint.open(source), torch.bfloat16), out, "100MB")
+        copied = checkpoint.copied(checkpoint.open(source), torch.bfloat16)
+        checkpoint.save(copied, out, "100MB", codec or None)
 
-source, tiny, out = sys.argv[1:]
+source, tiny, out, codec = sys.argv[1:]
 run(tiny, out + "-tiny")
 before = start()
 run(source, out)
@@ -259,10 +260,11 @@ print(memory("VmHWM:") - before)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("layout", ["dcp", "compressed"])
-def test_memory_of_a_conversion(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "codec"), [("dcp", ""), ("compressed", ""), ("compressed", "dfloat11")])
+def test_memory_of_a_conversion(layout: str, codec: str, tmp_path: Path) -> None:
     """64 MB and a few tensors, of a checkpoint that is larger; every value arrives."""
-    whole = {f"t{i}": torch.arange(i, i + 2**21).float() for i in range(40)}
+    names = [f"layers.{i // 2}.w{i % 2}.weight" for i in range(40)]
+    whole = {name: torch.arange(i, i + 2**21).float().view(2**10, -1) for i, name in enumerate(names)}
     for name, content in {f"large-{layout}": whole, f"tiny-{layout}": tensors()}.items():
         checkpoint.save(content, tmp_path / "plain", compress="huffman")
         if layout == "dcp":
@@ -270,13 +272,15 @@ def test_memory_of_a_conversion(layout: str, tmp_path: Path) -> None:
         else:
             (tmp_path / "plain").rename(tmp_path / name)
     folders = [str(tmp_path / f"{size}-{layout}") for size in ("large", "tiny")]
-    command = [sys.executable, "-c", MEMORY + CONVERT, *folders, str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEMORY + CONVERT, *folders, str(tmp_path / "out"), codec]
     environment = os.environ | {"RAYON_NUM_THREADS": "2"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     found = checkpoint.load(tmp_path / "out", verify=True)
     dtype = torch.float32 if layout == "dcp" else torch.bfloat16
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in whole.items())
-    largest = whole["t0"].nbytes
+    if codec:
+        assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 120e6
+    largest = whole["layers.0.w0.weight"].nbytes
     assert sum(t.nbytes for t in found.values()) > 2 * (64e6 + largest)
     assert int(run.stdout) <= 64e6 + 2 * 3 * largest  # a thread has it as read, as cast and as bytes
