@@ -85,6 +85,20 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], obje
     assert result.exit_code == 2
 
 
+def test_a_missing_shard_is_named_with_what_is_in_it(tmp_path: Path) -> None:
+    checkpoint.save({name: torch.ones(10) for name in "abcde"}, tmp_path / "m", max_shard_size=80)
+    for shard, message in {
+        "model-00002-of-00003": r'"c": expected here with 1 more \(by {}\), found no such file$',
+        "model-00003-of-00003": r'"e": expected here \(by {}\), found no such file$',
+    }.items():
+        path = (tmp_path / "m" / shard).with_suffix(".safetensors")
+        path.rename(tmp_path / "aside")
+        for read in (checkpoint.open, checkpoint.load, checkpoint.verify):
+            with pytest.raises(CheckpointError, match=f"{path}: tensor " + message.format(INDEX)):
+                read(tmp_path / "m")
+        (tmp_path / "aside").rename(path)
+
+
 def test_every_fault_is_told(tmp_path: Path) -> None:
     checkpoint.save(tensors(), tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
