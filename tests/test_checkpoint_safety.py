@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,30 +166,47 @@ mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
 private = sys.argv[2] == "private"
 if not private or subprocess.run(mount, capture_output=True).returncode:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-small = {f"t{i}": torch.full((10_000,), float(i)) for i in range(4)}
-checkpoint.save(small, disk / "m")
+shard, codec = sys.argv[3:]
+small = {f"t{i}": torch.full((100, 100), float(i)).bfloat16() for i in range(4)}
+checkpoint.save(small, disk / "m", shard)
 before = {path.name: path.read_bytes() for path in (disk / "m").iterdir()}
-try:
-    checkpoint.save({f"t{i}": torch.ones(100_000) for i in range(4)}, disk / "m")
-except CheckpointError as error:
-    print(error)
+# Only one does not fit.
+words = torch.randint(-32768, 32768, (400_000,)).to(torch.int16)
+sizes = {"t0": 20_000, "t1": 20_000, "t2": 400_000, "t3": 20_000}
+large = {name: words[:n].view(torch.bfloat16) for name, n in sizes.items()}
+other = checkpoint.Contents(small, {"config.json": bytes(1_000_000)})
+for contents in (large, other):
+    try:
+        checkpoint.save(contents, disk / "m", shard, codec or None)
+    except CheckpointError as error:
+        print(error)
 assert {path.name: path.read_bytes() for path in (disk / "m").iterdir()} == before
 assert [path.name for path in disk.iterdir()] == ["m"]
 checkpoint.verify(disk / "m")
+assert all(torch.equal(found, small[name]) for name, found in checkpoint.load(disk / "m").items())
 """
 
 
+@pytest.mark.parametrize(
+    ("shard", "codec", "file", "tensor"),
+    [
+        ("50KB", "", "model-00003-of-00004", "t2"),
+        ("50KB", "huffman", "model-00003-of-00004", "t2"),
+        ("4GB", "", "model", "t0"),  # space is taken for all of the file
+    ],
+)
 @pytest.mark.parametrize("private", ["private", "limit"])
-def test_a_full_disk(tmp_path: Path, private: str) -> None:
+def test_a_full_disk(tmp_path: Path, private: str, shard: str, codec: str, file: str, tensor: str) -> None:
     """A tmpfs in a private mount namespace where the system allows one, else a limit on the file size."""
-    command = [sys.executable, "-c", FULL, str(tmp_path), private]
+    command = [sys.executable, "-c", FULL, str(tmp_path), private, shard, codec]
     unshare = ["unshare", "-Urm"]
     if private == "private" and shutil.which("unshare") and not subprocess.call([*unshare, "true"]):
         command = [*unshare, *command]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert "model.safetensors: cannot write: " in run.stdout
-    assert "No space left" in run.stdout or "File too large" in run.stdout
+    refused = "cannot write: .*(No space left|File too large)"
+    assert re.search(rf'/{file}\.safetensors: tensor "{tensor}": {refused}', run.stdout), run.stdout
+    assert re.search(rf"/config\.json: {refused}", run.stdout), run.stdout
 
 
 # --- memory ----------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def write_contents(
     with atomic_folder(folder, contents.obsolete) as tmp:
         tensors = contents.tensors
         for name, content in contents.files.items():
-            (tmp / name).write_bytes(content)
+            _write(tmp / name, content)
         older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
         config = _json_object(older) if older else {}
         if compress == "dfloat11":
@@ -344,8 +344,14 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    text = json.dumps(config, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write: {error}") from None
 
 
 def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
