@@ -32,7 +32,7 @@ from torch import Tensor
 import archzoo
 from archzoo import checkpoint
 from archzoo.checkpoint import Rank
-from archzoo.checkpoint.shards import bytes_of
+from archzoo.checkpoint.source import bytes_of
 from archzoo.model import skeleton
 
 Runs = dict[str, Callable[[], object]]

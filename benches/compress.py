@@ -29,7 +29,7 @@ import torch
 from rich.table import Table
 
 from archzoo import _rust, checkpoint
-from archzoo.checkpoint.shards import bytes_of
+from archzoo.checkpoint.source import bytes_of
 from archzoo.data.smollm2 import smollm2_gguf
 
 Bytes = npt.NDArray[np.uint8]
@@ -55,6 +55,12 @@ class Cell:
     ratio: float
     encode: float
     decode: float
+
+
+def encode_dfloat11(raw: Bytes) -> tuple[Bytes, ...]:
+    measured = _rust.measure_dfloat11([raw])
+    assert measured is not None
+    return _rust.encode_dfloat11(measured[0], [raw])
 
 
 def split(raw: Bytes) -> tuple[Bytes, Bytes]:
@@ -84,7 +90,7 @@ def codecs(threads: int) -> list[Codec]:
         ),
         Codec(
             "archzoo DFloat11",
-            lambda raw: _rust.encode_dfloat11([raw]),
+            encode_dfloat11,
             lambda c, out: _rust.decode_dfloat11(c, [out]),
             total,
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], obje
     assert result.exit_code == 2
 
 
+def test_a_missing_shard_is_named_with_what_is_in_it(tmp_path: Path) -> None:
+    checkpoint.save({name: torch.ones(10) for name in "abcde"}, tmp_path / "m", max_shard_size=80)
+    for shard, message in {
+        "model-00002-of-00003": r'"c": expected here with 1 more \(by {}\), found no such file$',
+        "model-00003-of-00003": r'"e": expected here \(by {}\), found no such file$',
+    }.items():
+        path = (tmp_path / "m" / shard).with_suffix(".safetensors")
+        path.rename(tmp_path / "aside")
+        for read in (checkpoint.open, checkpoint.load, checkpoint.verify):
+            with pytest.raises(CheckpointError, match=f"{path}: tensor " + message.format(INDEX)):
+                read(tmp_path / "m")
+        (tmp_path / "aside").rename(path)
+
+
 def test_every_fault_is_told(tmp_path: Path) -> None:
     checkpoint.save(tensors(), tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
@@ -151,30 +166,47 @@ mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
 private = sys.argv[2] == "private"
 if not private or subprocess.run(mount, capture_output=True).returncode:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-small = {f"t{i}": torch.full((10_000,), float(i)) for i in range(4)}
-checkpoint.save(small, disk / "m")
+shard, codec = sys.argv[3:]
+small = {f"t{i}": torch.full((100, 100), float(i)).bfloat16() for i in range(4)}
+checkpoint.save(small, disk / "m", shard)
 before = {path.name: path.read_bytes() for path in (disk / "m").iterdir()}
-try:
-    checkpoint.save({f"t{i}": torch.ones(100_000) for i in range(4)}, disk / "m")
-except CheckpointError as error:
-    print(error)
+# Only one does not fit.
+words = torch.randint(-32768, 32768, (400_000,)).to(torch.int16)
+sizes = {"t0": 20_000, "t1": 20_000, "t2": 400_000, "t3": 20_000}
+large = {name: words[:n].view(torch.bfloat16) for name, n in sizes.items()}
+other = checkpoint.Contents(small, {"config.json": bytes(1_000_000)})
+for contents in (large, other):
+    try:
+        checkpoint.save(contents, disk / "m", shard, codec or None)
+    except CheckpointError as error:
+        print(error)
 assert {path.name: path.read_bytes() for path in (disk / "m").iterdir()} == before
 assert [path.name for path in disk.iterdir()] == ["m"]
 checkpoint.verify(disk / "m")
+assert all(torch.equal(found, small[name]) for name, found in checkpoint.load(disk / "m").items())
 """
 
 
+@pytest.mark.parametrize(
+    ("shard", "codec", "file", "tensor"),
+    [
+        ("50KB", "", "model-00003-of-00004", "t2"),
+        ("50KB", "huffman", "model-00003-of-00004", "t2"),
+        ("4GB", "", "model", "t0"),  # space is taken for all of the file
+    ],
+)
 @pytest.mark.parametrize("private", ["private", "limit"])
-def test_a_full_disk(tmp_path: Path, private: str) -> None:
+def test_a_full_disk(tmp_path: Path, private: str, shard: str, codec: str, file: str, tensor: str) -> None:
     """A tmpfs in a private mount namespace where the system allows one, else a limit on the file size."""
-    command = [sys.executable, "-c", FULL, str(tmp_path), private]
+    command = [sys.executable, "-c", FULL, str(tmp_path), private, shard, codec]
     unshare = ["unshare", "-Urm"]
     if private == "private" and shutil.which("unshare") and not subprocess.call([*unshare, "true"]):
         command = [*unshare, *command]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert "model.safetensors: cannot write: " in run.stdout
-    assert "No space left" in run.stdout or "File too large" in run.stdout
+    refused = "cannot write: .*(No space left|File too large)"
+    assert re.search(rf'/{file}\.safetensors: tensor "{tensor}": {refused}', run.stdout), run.stdout
+    assert re.search(rf"/config\.json: {refused}", run.stdout), run.stdout
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -248,9 +280,10 @@ def run(source, out):
     if source.endswith("dcp"):
         from_dcp(source, out, max_shard_size="100MB")
     else:
-        checkpoint.save(checkpoint.copied(checkpoint.open(source), torch.bfloat16), out, "100MB")
+        copied = checkpoint.copied(checkpoint.open(source), torch.bfloat16)
+        checkpoint.save(copied, out, "100MB", codec or None)
 
-source, tiny, out = sys.argv[1:]
+source, tiny, out, codec = sys.argv[1:]
 run(tiny, out + "-tiny")
 before = start()
 run(source, out)
@@ -259,10 +292,11 @@ print(memory("VmHWM:") - before)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("layout", ["dcp", "compressed"])
-def test_memory_of_a_conversion(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "codec"), [("dcp", ""), ("compressed", ""), ("compressed", "dfloat11")])
+def test_memory_of_a_conversion(layout: str, codec: str, tmp_path: Path) -> None:
     """64 MB and a few tensors, of a checkpoint that is larger; every value arrives."""
-    whole = {f"t{i}": torch.arange(i, i + 2**21).float() for i in range(40)}
+    names = [f"layers.{i // 2}.w{i % 2}.weight" for i in range(40)]
+    whole = {name: torch.arange(i, i + 2**21).float().view(2**10, -1) for i, name in enumerate(names)}
     for name, content in {f"large-{layout}": whole, f"tiny-{layout}": tensors()}.items():
         checkpoint.save(content, tmp_path / "plain", compress="huffman")
         if layout == "dcp":
@@ -270,13 +304,15 @@ def test_memory_of_a_conversion(layout: str, tmp_path: Path) -> None:
         else:
             (tmp_path / "plain").rename(tmp_path / name)
     folders = [str(tmp_path / f"{size}-{layout}") for size in ("large", "tiny")]
-    command = [sys.executable, "-c", MEMORY + CONVERT, *folders, str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEMORY + CONVERT, *folders, str(tmp_path / "out"), codec]
     environment = os.environ | {"RAYON_NUM_THREADS": "2"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     found = checkpoint.load(tmp_path / "out", verify=True)
     dtype = torch.float32 if layout == "dcp" else torch.bfloat16
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in whole.items())
-    largest = whole["t0"].nbytes
+    if codec:
+        assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 120e6
+    largest = whole["layers.0.w0.weight"].nbytes
     assert sum(t.nbytes for t in found.values()) > 2 * (64e6 + largest)
     assert int(run.stdout) <= 64e6 + 2 * 3 * largest  # a thread has it as read, as cast and as bytes

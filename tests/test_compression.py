@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 import archzoo
 from archzoo import _rust, checkpoint
 from archzoo.checkpoint import Part
-from archzoo.checkpoint.shards import bytes_of
+from archzoo.checkpoint.shards import Contents
+from archzoo.checkpoint.source import Later, bytes_of
 from archzoo.cli import app
 from archzoo.errors import CheckpointError, InputError
 
@@ -186,9 +188,13 @@ def test_settings_do_not_replace_a_damaged_config(tmp_path: Path) -> None:
 
 
 def dfloat11_round_trip(tensors: list[Tensor]) -> float | None:
-    buffers = _rust.encode_dfloat11([bytes_of(t) for t in tensors])
-    if buffers is None:
+    raw = [bytes_of(t) for t in tensors]
+    measured = _rust.measure_dfloat11(raw)
+    if measured is None:
         return None
+    counts, sizes = measured
+    buffers = _rust.encode_dfloat11(counts, raw)
+    assert [buffer.size for buffer in buffers] == sizes
     out = [torch.empty_like(t) for t in tensors]
     _rust.decode_dfloat11(buffers, [bytes_of(t) for t in out])
     assert all(same_bits(a, b) for a, b in zip(tensors, out, strict=True))
@@ -207,13 +213,52 @@ def test_dfloat11() -> None:
 
 def test_dfloat11_buffers_that_do_not_fit() -> None:
     normal = (torch.randn(50_000) * 0.02).bfloat16()
-    buffers = _rust.encode_dfloat11([bytes_of(normal)])
-    assert buffers is not None
+    measured = _rust.measure_dfloat11([bytes_of(normal)])
+    assert measured is not None
+    buffers = _rust.encode_dfloat11(measured[0], [bytes_of(normal)])
     out = np.empty(100_000, np.uint8)
     with pytest.raises(_rust.CheckpointError, match="expected weights of 100000 bytes, found 99998"):
         _rust.decode_dfloat11(buffers, [out[2:]])
     with pytest.raises(_rust.CheckpointError, match="gaps: expected"):
         _rust.decode_dfloat11((*buffers[:4], buffers[4][1:]), [out])
+    with pytest.raises(_rust.CheckpointError, match="expected the exponents that were counted before"):
+        _rust.encode_dfloat11(measured[0], [bytes_of(normal[1:])])
+    with pytest.raises(ValueError, match="expected bfloat16, found 3 bytes"):
+        _rust.measure_dfloat11([out[:3]])
+
+
+def coded(rows: int, columns: int, seed: int) -> Tensor:
+    """bfloat16 by arithmetic on integers alone, with few exponents."""
+    raw = torch.arange(seed, seed + rows * columns) * 2654435761 % 65521
+    words = (raw & 1) << 15 | 110 + (raw >> 4 & raw >> 8 & 15) << 7 | raw >> 9
+    return words.to(torch.uint16).view(torch.bfloat16).reshape(rows, columns)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("max_shard_size", "manifest"),
+    [
+        ("30KB", "373d53f9e4f548aca95124b225dc105cf129d59bfc1124a572fd741ff9cd3f04"),
+        ("4GB", "684558d97e670f8658fa35f610d531a1aa9bfea43692f587d80cb7feee788cdd"),
+    ],
+)
+def test_dfloat11_files_are_the_same_bytes(
+    tmp_path: Path, max_shard_size: str, manifest: str, later: bool
+) -> None:
+    """As an encoder with everything in memory wrote them: groups within others, and across shards."""
+    parts = [f"layers.{i}.{part}.weight" for i in range(3) for part in ("experts.0.up", "up", "down")]
+    tensors = {
+        "embed.weight": coded(300, 64, 1),
+        **{name: coded(64, 90 + i, i) for i, name in enumerate(parts)},
+        "layers.1.norm.weight": torch.ones(64, dtype=torch.bfloat16),
+        "layers.2.inf.weight": torch.full((8, 8), torch.inf, dtype=torch.bfloat16),
+        "bias": torch.arange(9).float(),
+    }
+    contents = {n: Later(t.dtype, tuple(t.shape), t.clone) if later else t for n, t in tensors.items()}
+    checkpoint.save(Contents(contents), tmp_path / "m", max_shard_size, "dfloat11")
+    assert sha256((tmp_path / "m" / "model.manifest.json").read_bytes()).hexdigest() == manifest
+    found = checkpoint.load(tmp_path / "m", verify=True)
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_dfloat11_folders(tmp_path: Path) -> None:

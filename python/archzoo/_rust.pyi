@@ -1,7 +1,7 @@
 """The native module: routing and checkpoint IO in Rust. All work runs with the interpreter released."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias, final
 
@@ -36,6 +36,7 @@ __all__ = [
     "json_texts",
     "latent_attention",
     "linear",
+    "measure_dfloat11",
     "plan",
     "render_chat",
     "rms_norm",
@@ -476,11 +477,21 @@ def decompress(dtype: str, stored: npt.NDArray[np.uint8], out: npt.NDArray[np.ui
         CheckpointError: The container is damaged, or not one of `out.size` bytes of `dtype`.
     """
 
-def encode_dfloat11(weights: list[npt.NDArray[np.uint8]]) -> _Buffers | None:
-    """DFloat11's buffers of a group of bfloat16 weights (their bytes).
+def measure_dfloat11(weights: Iterable[npt.NDArray[np.uint8]]) -> tuple[list[int], list[int]] | None:
+    """How often exponents occur in a group of bfloat16 weights (their bytes), and its buffers' sizes.
 
-    Returns: luts, encoded_exponent, sign_mantissa, output_positions (uint32), gaps, all as bytes; None where
-    the container cannot hold the weights (an exponent of 240 or more) or is no smaller.
+    None where the container cannot hold the weights (an exponent of 240 or more) or is no smaller.
+    """
+
+def encode_dfloat11(counts: list[int], weights: Iterable[npt.NDArray[np.uint8]]) -> _Buffers:
+    """DFloat11's buffers of a group, of which one weight at a time is in memory.
+
+    counts: as `measure_dfloat11` has given them.
+
+    Returns: luts, encoded_exponent, sign_mantissa, output_positions (uint32), gaps, all as bytes.
+
+    Raises:
+        CheckpointError: The weights are not those that were measured.
     """
 
 def decode_dfloat11(buffers: _Buffers, weights: list[npt.NDArray[np.uint8]]) -> None:

@@ -23,6 +23,8 @@ const GAP_BYTES: usize = THREADS * 5 / 8;
 const POINTERS: usize = 240;
 /// Elements that are encoded together. Fewer than 2^16, as `count` asks for.
 const CHUNK: usize = 1 << 15;
+/// Elements whose chunks are in memory beside the buffers.
+const TOGETHER: usize = CHUNK << 6;
 
 /// The buffers of a group of weights, named as in the files.
 #[derive(Debug, Clone, Copy)]
@@ -63,92 +65,165 @@ impl Encoded {
     }
 }
 
-/// Encodes the weights of a group, on the threads of rayon's current pool. `None` where the container cannot
-/// hold them (an exponent of 240 or more: infinities, NaNs, 2^113 and above; 2^32 elements) or is no smaller.
-pub fn encode_dfloat11(weights: &[&[u8]]) -> Option<Encoded> {
+/// How often each exponent occurs in bfloat16 numbers, counted on the threads of rayon's current pool.
+pub fn count_exponents(numbers: &[u8]) -> [u64; 256] {
     let set = InstructionSet::current();
-    let n: usize = weights.iter().map(|weight| weight.len() / 2).sum();
-    if n == 0 || u32::try_from(n).is_err() || weights.iter().any(|weight| !weight.len().is_multiple_of(2)) {
-        return None;
-    }
-    let (mut exponents, mut sign_mantissa) = (vec![0; n], vec![0; n]);
-    let (mut symbols, mut rest) = (&mut exponents[..], &mut sign_mantissa[..]);
-    for weight in weights {
-        let (own_symbols, later_symbols) = symbols.split_at_mut(weight.len() / 2);
-        let (own_rest, later_rest) = rest.split_at_mut(weight.len() / 2);
-        (symbols, rest) = (later_symbols, later_rest);
-        weight
-            .par_chunks(2 * CHUNK)
-            .zip(own_symbols.par_chunks_mut(CHUNK).zip(own_rest.par_chunks_mut(CHUNK)))
-            .for_each(|(numbers, (symbols, rest))| Planes::Bf16.split(set, numbers, symbols, rest));
-    }
-    let counts: Vec<[u16; 256]> = exponents
-        .par_chunks(CHUNK)
-        .map(|symbols| {
-            let mut counts = [0; 256];
-            count(set, symbols, &mut counts);
-            counts
+    numbers
+        .par_chunks(2 * CHUNK)
+        .map(|numbers| {
+            let (mut symbols, mut counts) = (vec![0; numbers.len() / 2], [0; 256]);
+            Planes::Bf16.symbols(set, numbers, &mut symbols);
+            count(set, &symbols, &mut counts);
+            counts.map(u64::from)
         })
-        .collect();
-    let mut totals = [0; 256];
-    for counts in &counts {
-        totals.iter_mut().zip(counts).for_each(|(total, &count)| *total += u64::from(count));
-    }
-    if totals[POINTERS..].iter().any(|&count| count > 0) {
-        return None;
-    }
-    // Codes within one lookup, unless they need more tables than there are pointers.
-    let (lengths, luts) = [WINDOW, 8].into_iter().find_map(|limit| {
-        let lengths = lengths(&totals, limit);
-        luts(&lengths).map(|luts| (lengths, luts))
-    })?;
-    let codes = codes(&lengths);
-    let codes = std::array::from_fn(|s| (codes[s] as u16, u16::from(lengths[s])));
-    let mut starts = Vec::with_capacity(counts.len());
-    let mut bits = 0;
-    for counts in &counts {
-        starts.push(bits);
-        bits += counts.iter().zip(&lengths).map(|(&c, &l)| usize::from(c) * usize::from(l)).sum::<usize>();
-    }
-    let blocks = bits.div_ceil(8).div_ceil(BLOCK_BYTES);
-    if luts.len() + bits.div_ceil(8) + n + 4 * (blocks + 1) + GAP_BYTES * blocks >= 2 * n {
-        return None;
-    }
-    let chunks: Vec<(Vec<u8>, Vec<u8>, Vec<u32>)> = exponents
-        .par_chunks(CHUNK)
-        .zip(&starts)
-        .enumerate()
-        .map(|(i, (symbols, &start))| {
-            let mut stream = vec![0; room(symbols.len())];
-            let mut size = 0;
-            encode(set, &codes, symbols, &mut stream, &mut size);
-            stream.truncate(size);
-            let before =
-                i.checked_sub(1).map(|_| start - usize::from(lengths[exponents[i * CHUNK - 1] as usize]));
-            let (gaps, positions) = begins(symbols, &lengths, start, before, i * CHUNK);
-            (stream, gaps, positions)
-        })
-        .collect();
+        .reduce(|| [0; 256], |a, b| std::array::from_fn(|s| a[s] + b[s]))
+}
 
-    let mut encoded_exponent = Vec::with_capacity(bits.div_ceil(8));
-    let mut gaps = Vec::with_capacity(THREADS * blocks);
-    let mut output_positions = Vec::with_capacity(blocks + 1);
-    for ((stream, own_gaps, own_positions), start) in chunks.iter().zip(starts) {
-        append(&mut encoded_exponent, start, stream);
-        gaps.extend(own_gaps);
-        output_positions.extend(own_positions);
+/// Encodes a group whose weights come one after the other, on the threads of rayon's current pool.
+pub struct Encoder {
+    lengths: [u8; 256],
+    codes: [(u16, u16); 256],
+    sizes: [usize; 5],
+    /// How often each exponent is still to come.
+    counts: [u64; 256],
+    /// First bit of the next code, and of the one before it.
+    bits: usize,
+    before: Option<usize>,
+    luts: Vec<u8>,
+    encoded_exponent: Vec<u8>,
+    sign_mantissa: Vec<u8>,
+    output_positions: Vec<u32>,
+    gaps: Vec<u8>,
+}
+
+impl Encoder {
+    /// For weights that together have the exponents of [`count_exponents`]. `None` where the container cannot hold
+    /// them (an exponent of 240 or more: infinities, NaNs, 2^113 and above; 2^32 elements) or is no smaller.
+    pub fn new(counts: [u64; 256]) -> Option<Self> {
+        let n = u32::try_from(counts.iter().sum::<u64>()).ok().filter(|&n| n > 0)? as usize;
+        if counts[POINTERS..].iter().any(|&count| count > 0) {
+            return None;
+        }
+        // Codes within one lookup, unless they need more tables than there are pointers.
+        let (lengths, luts) = [WINDOW, 8].into_iter().find_map(|limit| {
+            let lengths = lengths(&counts, limit);
+            luts(&lengths).map(|luts| (lengths, luts))
+        })?;
+        let bits: usize = counts.iter().zip(lengths).map(|(&c, l)| c as usize * usize::from(l)).sum();
+        let blocks = bits.div_ceil(8).div_ceil(BLOCK_BYTES);
+        let sizes = [luts.len(), bits.div_ceil(8), n, 4 * (blocks + 1), GAP_BYTES * blocks];
+        if sizes.iter().sum::<usize>() >= 2 * n {
+            return None;
+        }
+        let codes = codes(&lengths);
+        Some(Self {
+            lengths,
+            codes: std::array::from_fn(|s| (codes[s] as u16, u16::from(lengths[s]))),
+            sizes,
+            counts,
+            bits: 0,
+            before: None,
+            luts,
+            encoded_exponent: Vec::with_capacity(sizes[1] + 1), // a carry that `finish` drops
+            sign_mantissa: Vec::with_capacity(n),
+            output_positions: Vec::with_capacity(blocks + 1),
+            gaps: Vec::with_capacity(THREADS * blocks),
+        })
     }
-    encoded_exponent.truncate(bits.div_ceil(8));
-    gaps.resize(THREADS * blocks, 0);
-    // In the last block no code may begin.
-    output_positions.resize(blocks + 1, n as u32);
-    Some(Encoded {
-        luts,
-        encoded_exponent,
-        sign_mantissa,
-        output_positions: output_positions.iter().flat_map(|position| position.to_le_bytes()).collect(),
-        gaps: pack(&gaps),
-    })
+
+    /// Bytes of the buffers, in the order of [`Encoded`].
+    pub fn sizes(&self) -> [usize; 5] {
+        self.sizes
+    }
+
+    /// Takes the next weight: whole bfloat16 numbers.
+    pub fn push(&mut self, weight: &[u8]) {
+        weight.chunks(2 * TOGETHER).for_each(|numbers| self.push_part(numbers));
+    }
+
+    fn push_part(&mut self, numbers: &[u8]) {
+        let set = InstructionSet::current();
+        let element = self.sign_mantissa.len();
+        let mut exponents = vec![0; numbers.len() / 2];
+        self.sign_mantissa.resize(element + exponents.len(), 0);
+        let counts: Vec<[u16; 256]> = numbers
+            .par_chunks(2 * CHUNK)
+            .zip(exponents.par_chunks_mut(CHUNK).zip(self.sign_mantissa[element..].par_chunks_mut(CHUNK)))
+            .map(|(numbers, (symbols, rest))| {
+                let mut counts = [0; 256];
+                Planes::Bf16.split(set, numbers, symbols, rest);
+                count(set, symbols, &mut counts);
+                counts
+            })
+            .collect();
+        let (lengths, codes) = (&self.lengths, &self.codes);
+        let length = |symbol: u8| usize::from(lengths[usize::from(symbol)]);
+        let mut starts = Vec::with_capacity(counts.len());
+        for (counts, symbols) in counts.iter().zip(exponents.chunks(CHUNK)) {
+            starts.push((self.bits, self.before));
+            for (symbol, &count) in (0..=255).zip(counts) {
+                self.bits += usize::from(count) * length(symbol);
+                let left = &mut self.counts[usize::from(symbol)];
+                *left = left.wrapping_sub(count.into());
+            }
+            self.before = symbols.last().map(|&symbol| self.bits - length(symbol));
+        }
+        let chunks: Vec<(Vec<u8>, Vec<u8>, Vec<u32>)> = exponents
+            .par_chunks(CHUNK)
+            .zip(&starts)
+            .enumerate()
+            .map(|(i, (symbols, &(start, before)))| {
+                let mut stream = vec![0; room(symbols.len())];
+                let mut size = 0;
+                encode(set, codes, symbols, &mut stream, &mut size);
+                stream.truncate(size);
+                let (gaps, positions) = begins(symbols, lengths, start, before, element + i * CHUNK);
+                (stream, gaps, positions)
+            })
+            .collect();
+        for ((stream, gaps, positions), (start, _)) in chunks.iter().zip(starts) {
+            append(&mut self.encoded_exponent, start, stream);
+            self.gaps.extend(gaps);
+            self.output_positions.extend(positions);
+        }
+    }
+
+    /// The buffers; an error if the weights were not those that were counted.
+    pub fn finish(mut self) -> io::Result<Encoded> {
+        if self.counts != [0; 256] {
+            return Err(fault("expected the exponents that were counted before, found others".into()));
+        }
+        let [_, stream, n, positions, gaps] = self.sizes;
+        self.encoded_exponent.truncate(stream);
+        self.gaps.resize(gaps / GAP_BYTES * THREADS, 0);
+        // In the last block no code may begin.
+        self.output_positions.resize(positions / 4, n as u32);
+        Ok(Encoded {
+            luts: self.luts,
+            encoded_exponent: self.encoded_exponent,
+            sign_mantissa: self.sign_mantissa,
+            output_positions: self
+                .output_positions
+                .iter()
+                .flat_map(|position| position.to_le_bytes())
+                .collect(),
+            gaps: pack(&self.gaps),
+        })
+    }
+}
+
+/// Encodes the weights of a group; `None` as [`Encoder::new`] has it.
+pub fn encode_dfloat11(weights: &[&[u8]]) -> Option<Encoded> {
+    if weights.iter().any(|weight| !weight.len().is_multiple_of(2)) {
+        return None;
+    }
+    let mut counts = [0; 256];
+    for weight in weights {
+        counts.iter_mut().zip(count_exponents(weight)).for_each(|(all, own)| *all += own);
+    }
+    let mut encoder = Encoder::new(counts)?;
+    weights.iter().for_each(|weight| encoder.push(weight));
+    encoder.finish().ok()
 }
 
 /// Gaps of the threads, and elements of the blocks, whose first code is among `symbols`. `start` is the first
@@ -551,7 +626,7 @@ mod tests {
     fn sizes_around_blocks() {
         assert!(encode_dfloat11(&[]).is_none());
         assert!(encode_dfloat11(&[&[0, 0]]).is_none()); // one element: no smaller
-        for n in [5001, 32_767, 32_768, 32_769, 65_536, 200_001] {
+        for n in [5001, 32_767, 32_768, 32_769, 65_536, 200_001, TOGETHER + 1] {
             round_trip(&halving(n));
         }
     }
@@ -608,6 +683,10 @@ mod tests {
         assert_eq!(encoded, encode_dfloat11(&[&bytes]).unwrap());
         assert!(decode(&encoded, &sizes).unwrap() == bytes);
         assert!(decode(&encoded, &[1, 69_998]).is_err());
+        // Other weights than those that were counted.
+        let mut encoder = Encoder::new(count_exponents(&bytes)).unwrap();
+        encoder.push(&bytes[2..]);
+        assert!(encoder.finish().is_err());
     }
 
     /// Codes of up to 32 bits, as other encoders make: 1, 01, 001 ...; tables of tables.

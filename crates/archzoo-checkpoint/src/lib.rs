@@ -30,7 +30,7 @@ mod stream;
 mod writer;
 
 pub use container::{compress, decompress};
-pub use dfloat11::{Buffers, Encoded, decode_dfloat11, encode_dfloat11};
+pub use dfloat11::{Buffers, Encoded, Encoder, count_exponents, decode_dfloat11, encode_dfloat11};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use folder::FolderWriter;

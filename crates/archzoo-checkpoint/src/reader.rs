@@ -62,7 +62,10 @@ impl Reader {
         let folder = index.parent().unwrap_or(Path::new(""));
         let shards: Vec<Shard> = names
             .par_iter()
-            .map(|name| Shard::open(&folder.join(name)))
+            .map(|name| {
+                let path = folder.join(name);
+                if path.exists() { Shard::open(&path) } else { Err(missing(&path, name, &files)) }
+            })
             .collect::<Vec<_>>()
             .into_iter()
             .collect::<Result<_>>()?;
@@ -140,6 +143,17 @@ impl Reader {
     pub(crate) fn shard_of(&self, name: &str) -> Option<&Shard> {
         self.places.get(name).map(|&(shard, _)| &self.shards[shard])
     }
+}
+
+/// A shard that the index names and the folder lacks.
+fn missing(path: &Path, name: &str, files: &BTreeMap<String, String>) -> Error {
+    let mut tensors = files.iter().filter(|(_, file)| *file == name).map(|(tensor, _)| tensor);
+    let first = tensors.next().map_or("", String::as_str);
+    let others = match tensors.count() {
+        0 => String::new(),
+        count => format!(" with {count} more"),
+    };
+    Error::tensor(path, first, format!("expected here{others} (by {INDEX_FILE}), found no such file"))
 }
 
 impl Shard {

@@ -167,28 +167,33 @@ fn write_shard(
         let message = format!("header length: expected at most {MAX_HEADER} bytes, found {length}");
         return Err(Error::new(path, message));
     }
-    let failed = || Error::io(path, "write");
+    let failed = |tensor: Option<&Tensor>| {
+        let tensor = tensor.map(|tensor| tensor.name.to_owned());
+        move |error| Error { tensor, ..Error::io(path, "write")(error) }
+    };
     let most = tensors.iter().map(Tensor::bytes).sum::<u64>() + 8 + length as u64;
-    let mut stream = Stream::create(path, if compress { 0 } else { most }).map_err(failed())?;
-    stream.write(&vec![0; 8 + length]).map_err(failed())?;
+    // Space is taken for all of them; the first stands for what does not fit.
+    let first = tensors.first();
+    let mut stream = Stream::create(path, if compress { 0 } else { most }).map_err(failed(first))?;
+    stream.write(&vec![0; 8 + length]).map_err(failed(first))?;
     let mut stored = Vec::with_capacity(tensors.len());
     for tensor in tensors {
         stored.push(match tensor.elements {
             Elements::Bytes(bytes) => {
-                write_tensor(&mut stream, tensor.dtype, bytes, compress).map_err(failed())?
+                write_tensor(&mut stream, tensor.dtype, bytes, compress).map_err(failed(Some(tensor)))?
             }
             Elements::Made(make) => {
                 let bytes = make().map_err(|message| Error::tensor(path, tensor.name, message))?;
                 tensor.check(path, &bytes)?;
-                write_tensor(&mut stream, tensor.dtype, &bytes, compress).map_err(failed())?
+                write_tensor(&mut stream, tensor.dtype, &bytes, compress).map_err(failed(Some(tensor)))?
             }
         });
     }
-    let file = stream.finish().map_err(failed())?;
+    let file = stream.finish().map_err(failed(tensors.last()))?;
     let mut head = (length as u64).to_le_bytes().to_vec();
     head.extend(json(&stored)?);
     head.resize(8 + length, b' ');
-    file.write_all_at(&head, 0).map_err(failed())?;
+    file.write_all_at(&head, 0).map_err(failed(first))?;
     let bytes = head.len() as u64 + stored.iter().map(|stored| stored.bytes).sum::<u64>();
     Ok(Entry::new(bytes, &head))
 }

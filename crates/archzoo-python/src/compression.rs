@@ -1,4 +1,4 @@
-use archzoo_checkpoint::{Buffers, Dtype};
+use archzoo_checkpoint::{Buffers, Dtype, Encoder, count_exponents};
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -39,19 +39,44 @@ pub fn decompress(
         .map_err(|error| CheckpointError::new_err(error.to_string()))
 }
 
-/// DFloat11's buffers of a group of bfloat16 weights, or None where it cannot hold them or is no smaller.
+/// Hands the weights that a Python iterable gives to `work`, one at a time, on this process's threads.
+fn each(weights: &Bound<PyAny>, mut work: impl FnMut(&[u8]) + Send) -> PyResult<()> {
+    for weight in weights.try_iter()? {
+        let weight = weight?.extract::<PyReadonlyArray1<u8>>()?;
+        let bytes = weight.as_slice()?;
+        if !bytes.len().is_multiple_of(2) {
+            return Err(PyValueError::new_err(format!("expected bfloat16, found {} bytes", bytes.len())));
+        }
+        weights.py().detach(|| pool::run(|| work(bytes)))?;
+    }
+    Ok(())
+}
+
+/// How often the exponents of a group of bfloat16 weights occur, and the sizes of DFloat11's buffers; None where
+/// it cannot hold them or is no smaller.
+#[pyfunction]
+pub fn measure_dfloat11(weights: &Bound<PyAny>) -> PyResult<Option<(Vec<u64>, [usize; 5])>> {
+    let mut counts = [0; 256];
+    each(weights, |weight| {
+        counts.iter_mut().zip(count_exponents(weight)).for_each(|(all, own)| *all += own);
+    })?;
+    Ok(Encoder::new(counts).map(|encoder| (counts.to_vec(), encoder.sizes())))
+}
+
+/// DFloat11's buffers of the weights that were measured.
 #[pyfunction]
 pub fn encode_dfloat11<'py>(
     py: Python<'py>,
-    weights: Vec<PyReadonlyArray1<u8>>,
-) -> PyResult<Option<PyBuffers<Bytes<'py>>>> {
-    let weights = weights.iter().map(|w| Ok(w.as_slice()?)).collect::<PyResult<Vec<&[u8]>>>()?;
-    let encoded = py.detach(|| pool::run(|| archzoo_checkpoint::encode_dfloat11(&weights)))?;
+    counts: [u64; 256],
+    weights: &Bound<'py, PyAny>,
+) -> PyResult<PyBuffers<Bytes<'py>>> {
+    let refused = || CheckpointError::new_err("expected exponents that DFloat11 can hold, found others");
+    let mut encoder = Encoder::new(counts).ok_or_else(refused)?;
+    each(weights, |weight| encoder.push(weight))?;
+    let e = encoder.finish().map_err(|error| CheckpointError::new_err(error.to_string()))?;
     let array = |bytes| PyArray1::from_vec(py, bytes);
-    Ok(encoded.map(|e| {
-        let tables = (array(e.luts), array(e.encoded_exponent), array(e.sign_mantissa));
-        (tables.0, tables.1, tables.2, array(e.output_positions), array(e.gaps))
-    }))
+    let tables = (array(e.luts), array(e.encoded_exponent), array(e.sign_mantissa));
+    Ok((tables.0, tables.1, tables.2, array(e.output_positions), array(e.gaps)))
 }
 
 /// Fills weights from the buffers of their group.

@@ -23,7 +23,7 @@ mod _rust {
     #[pymodule_export]
     use super::checkpoint::{CheckpointError, CheckpointReader, PyFolderWriter, write_shards};
     #[pymodule_export]
-    use super::compression::{compress, decode_dfloat11, decompress, encode_dfloat11};
+    use super::compression::{compress, decode_dfloat11, decompress, encode_dfloat11, measure_dfloat11};
     #[pymodule_export]
     use super::decode::{
         attention, conv, conv_step, experts, gated_rms_norm, latent_attention, linear, rms_norm, rope,

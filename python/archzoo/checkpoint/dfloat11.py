@@ -11,7 +11,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from archzoo import _rust
+from archzoo.checkpoint.source import Bytes, Later, made
 from archzoo.errors import CheckpointError
 
 KEY = "dfloat11_config"
@@ -27,35 +31,43 @@ BUFFERS = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gap
 IN_A_BLOCK = re.compile(r"(.+\.\d+)\.(.+)\.weight")
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TAGS = {dtype: tag for tag, dtype in PLAIN.items()}  # cast into each other while they are read
-Bytes = npt.NDArray[np.uint8]
 Ranges = tuple[tuple[int, int], ...]
 
 
-def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def encode(tensors: Mapping[str, Tensor | Later]) -> tuple[dict[str, Tensor | Later], dict[str, Any]]:
     """Tensors as they are stored, and what goes under `dfloat11_config` of config.json.
 
-    Beyond the public format it also lists the weights' shapes.
+    Weights are read twice: now for the sizes, and when their group is written. Beyond the public format the
+    config also lists their shapes.
     """
     groups: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.bfloat16 or tensor.ndim != 2 or not name.endswith(".weight"):
+        if tensor.dtype != torch.bfloat16 or len(tensor.shape) != 2 or not name.endswith(".weight"):
             continue
         match = IN_A_BLOCK.fullmatch(name)
         prefix, part = (match[1], match[2]) if match else (name.removesuffix(".weight"), "")
         groups.setdefault(prefix, {})[name] = part
     stored = dict(tensors)
     modules: dict[tuple[str, ...], list[str]] = {}
-    for prefix, parts in groups.items():
-        weights = [tensors[name].detach().cpu().contiguous() for name in parts]
-        buffers = _rust.encode_dfloat11([w.reshape(-1).view(torch.uint8).numpy() for w in weights])
-        if buffers is None:
+    held: dict[int, dict[str, Bytes]] = {}
+    # In one piece: small ones between weights would keep the memory that these leave from being used again.
+    all_counts = np.zeros((len(groups), 256), np.uint64)
+    for i, (prefix, parts) in enumerate(groups.items()):
+        weights = [tensors[name] for name in parts]
+        measured = _rust.measure_dfloat11(map(made, weights))
+        if measured is None:
             continue
+        all_counts[i], sizes = measured
         for name in parts:
             del stored[name]
-        for kind, buffer in zip(BUFFERS, buffers, strict=True):
-            stored[f"{prefix}.{kind}"] = torch.from_numpy(buffer)
-        splits = np.cumsum([w.numel() for w in weights], dtype=np.int64)[:-1]
-        stored[f"{prefix}.split_positions"] = torch.from_numpy(splits)
+        names = [f"{prefix}.{kind}" for kind in BUFFERS]
+        for name, size in zip(names, sizes, strict=True):
+            make = partial(_buffer, held, name, names, all_counts, i, weights)
+            stored[name] = Later(torch.uint8, (size,), make)
+        splits = list(accumulate(math.prod(w.shape) for w in weights))[:-1]
+        stored[f"{prefix}.split_positions"] = Later(
+            torch.int64, (len(splits),), partial(torch.tensor, splits, dtype=torch.int64)
+        )
         modules.setdefault(tuple(filter(None, parts.values())), []).append(prefix)
     config = {
         "version": "0.5.0",
@@ -65,6 +77,23 @@ def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         "shapes": {name: list(t.shape) for name, t in tensors.items() if name not in stored},
     }
     return stored, config
+
+
+def _buffer(
+    held: dict[int, dict[str, Bytes]],
+    name: str,
+    names: list[str],
+    all_counts: npt.NDArray[np.uint64],
+    group: int,
+    weights: list[Tensor | Later],
+) -> Tensor:
+    """One of a group's buffers; a thread holds the others, which follow in the file, until the next group."""
+    own = held.setdefault(get_ident(), {})
+    if name not in own:
+        own.clear()
+        buffers = _rust.encode_dfloat11(all_counts[group].tolist(), map(made, weights))
+        own.update(zip(names, buffers, strict=True))
+    return torch.from_numpy(own.pop(name))
 
 
 def config_of(path: Path) -> dict[str, Any] | None:

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from archzoo.checkpoint.shards import Contents, Later, Reader, write_contents
+from archzoo.checkpoint.shards import Contents, Reader, write_contents
+from archzoo.checkpoint.source import Later
 from archzoo.checkpoint.training import STATE_FILE
 from archzoo.errors import CheckpointError
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from archzoo.checkpoint.folder import model_contents
-from archzoo.checkpoint.shards import Contents, Later, write_contents
+from archzoo.checkpoint.shards import Contents, write_contents
+from archzoo.checkpoint.source import Later
 from archzoo.errors import CheckpointError, InputError
 from archzoo.model import CausalLM
 

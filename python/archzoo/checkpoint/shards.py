@@ -19,7 +19,8 @@ from torch import Tensor
 
 from archzoo import _rust
 from archzoo.checkpoint import dfloat11
-from archzoo.checkpoint.dfloat11 import Bytes, DFloat11Folder
+from archzoo.checkpoint.dfloat11 import DFloat11Folder
+from archzoo.checkpoint.source import Bytes, Later, made
 from archzoo.data.gguf import GgufFile
 from archzoo.errors import CheckpointError, InputError
 
@@ -49,14 +50,6 @@ class Part(NamedTuple):
     ranges: tuple[tuple[int, int], ...] = ()
 
 
-class Later(NamedTuple):
-    """A tensor that is made when it is written, by any thread, and not kept."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-
 @contextmanager
 def _faults() -> Iterator[None]:
     """Rust's checkpoint errors as archzoo's."""
@@ -64,11 +57,6 @@ def _faults() -> Iterator[None]:
         yield
     except _rust.CheckpointError as error:
         raise CheckpointError(str(error)) from None
-
-
-def bytes_of(tensor: Tensor) -> Bytes:
-    """The bytes of a contiguous CPU tensor, shared, as a 1-D array."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 class Reader:
@@ -288,18 +276,10 @@ def write_shards(
     for name, tensor in tensors.items():
         if tensor.dtype not in TAGS:
             raise InputError(f"tensor '{name}': dtype {tensor.dtype} cannot be written to safetensors")
-        content = partial(_made, tensor.make) if isinstance(tensor, Later) else _plain_bytes(tensor)
+        content = partial(made, tensor) if isinstance(tensor, Later) else made(tensor)
         items.append((name, TAGS[tensor.dtype], tuple(tensor.shape), content))
     with _faults():
         _rust.write_shards(str(folder), items, shard_bytes(max_shard_size), compress)
-
-
-def _plain_bytes(tensor: Tensor) -> Bytes:
-    return bytes_of(tensor.detach().cpu().contiguous())
-
-
-def _made(make: Callable[[], Tensor]) -> Bytes:
-    return _plain_bytes(make())
 
 
 @contextmanager
@@ -340,14 +320,13 @@ def write_contents(
     with atomic_folder(folder, contents.obsolete) as tmp:
         tensors = contents.tensors
         for name, content in contents.files.items():
-            (tmp / name).write_bytes(content)
+            _write(tmp / name, content)
         older = next((p for p in (tmp / "config.json", Path(folder) / "config.json") if p.exists()), None)
         config = _json_object(older) if older else {}
         if compress == "dfloat11":
             if config is None:
                 raise CheckpointError(f"{older}: not a JSON object, which dfloat11's settings go into")
-            whole = {name: t.make() if isinstance(t, Later) else t for name, t in tensors.items()}
-            tensors, settings = dfloat11.encode(whole)
+            tensors, settings = dfloat11.encode(tensors)
             _write_config(tmp, config | {dfloat11.KEY: settings})
         elif config and dfloat11.KEY in config:
             del config[dfloat11.KEY]  # of the weights that were there
@@ -365,8 +344,14 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    text = json.dumps(config, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write: {error}") from None
 
 
 def copied(reader: Reader, dtype: torch.dtype | None = None) -> Contents:
