@@ -15,7 +15,7 @@ from archzoo import Tokenizer, TokenizerError
 from archzoo.data import python_manual_text
 from archzoo.errors import InputError
 from archzoo.tokenizer import TextStream
-from test_tokenizer import added, every_character, hostile, write
+from test_tokenizer import added, every_character, gguf, hostile, write
 
 sentencepiece = pytest.importorskip("sentencepiece")
 tokenizers = pytest.importorskip("tokenizers")
@@ -230,14 +230,77 @@ def test_damaged_files(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_folders(files: dict[str, Path], tmp_path: Path) -> None:
-    """A folder has its SentencePiece file read unless it asks for more than that says."""
+    """A folder has its SentencePiece file read, and around a text goes what its settings ask for."""
     (tmp_path / "spiece.model").write_bytes(files["unigram"].read_bytes())
     text = "a plain text"
-    plain = Tokenizer.from_file(files["unigram"]).encode(text).tolist()
-    assert Tokenizer.from_pretrained(tmp_path).encode(text).tolist() == plain
-    write(tmp_path / "tokenizer_config.json", {"add_bos_token": True})
-    with pytest.raises(TokenizerError, match="add_bos_token"):
+    plain = Tokenizer.from_file(files["unigram"])
+    ids = plain.encode(text).tolist()
+    assert Tokenizer.from_pretrained(tmp_path).encode(text).tolist() == ids
+    settings: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>"}
+    write(tmp_path / "tokenizer_config.json", settings)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode(text).tolist() == [plain.special_tokens["<s>"], *ids]
+    assert ours.encode(text, add_special_tokens=False).tolist() == ids
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.hash != plain.hash
+    settings |= {"add_bos_token": False, "add_eos_token": True}
+    write(tmp_path / "tokenizer_config.json", settings)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: add_eos_token is true"):
         Tokenizer.from_pretrained(tmp_path)
+    write(tmp_path / "tokenizer_config.json", settings | {"eos_token": {"content": "</s>"}})
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode(text).tolist() == [*ids, plain.special_tokens["</s>"]]
+    write(tmp_path / "tokenizer_config.json", settings | {"eos_token": "</other>"})
+    with pytest.raises(TokenizerError, match=r'spiece\.model: no control token "</other>"'):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def as_in_gguf(model: Any) -> None:
+    """What a GGUF file cannot say is not there."""
+    model.normalizer_spec.precompiled_charsmap = b""
+    model.trainer_spec.treat_whitespace_as_suffix = False
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("bpe")])
+def test_gguf_of_a_sentencepiece_model(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """The pieces of a model in a GGUF file give the model's own ids; its control pieces are found in text."""
+    source = tmp_path / "tokenizer.model"
+    source.write_bytes(edited(files[name].read_bytes(), as_in_gguf))
+    model = proto(source.read_bytes())
+    control = [i for i, piece in enumerate(model.pieces) if piece.type == CONTROL]
+    values = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],
+        "tokenizer.ggml.bos_token_id": control[0],
+        "tokenizer.ggml.eos_token_id": control[1],
+        "tokenizer.ggml.add_space_prefix": model.normalizer_spec.add_dummy_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": model.normalizer_spec.remove_extra_whitespaces,
+    }
+    path = gguf(tmp_path / "model.gguf", values)
+    theirs = Tokenizer.from_file(source)
+    texts = ["", " a  b\n c ", *hostile(300, seed=11)]
+    for ours in (Tokenizer.from_file(path), *(Tokenizer.from_file(path, cache=tmp_path) for _ in range(2))):
+        assert ours.special_tokens == theirs.special_tokens
+        for text in texts:
+            if not any(token in text for token in ours.special_tokens):
+                assert ours.encode(text).tolist() == [control[0], *theirs.encode(text)]
+                assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+        first = model.pieces[control[1]].piece
+        assert ours.encode(f"a{first}", add_special_tokens=False).tolist() == [
+            *theirs.encode("a"),
+            control[1],
+        ]
+    for change, message in (
+        ({"tokenizer.ggml.scores": [1.0]}, "scores does not have a number for each"),
+        ({"tokenizer.ggml.token_type": [1]}, "token_type"),
+        ({"tokenizer.ggml.precompiled_charsmap": "x"}, "precompiled_charsmap"),
+        ({"tokenizer.ggml.bos_token_id": "x"}, "no id tokenizer.ggml.bos_token_id"),
+        ({"tokenizer.ggml.model": "t5"}, 'tokenizer.ggml.model = "t5"'),
+    ):
+        with pytest.raises(TokenizerError, match=message):
+            Tokenizer.from_file(gguf(tmp_path / "other.gguf", {**values, **change}))
 
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}

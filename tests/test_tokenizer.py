@@ -496,6 +496,8 @@ def gguf(path: Path, values: dict[str, Any], version: int = 3) -> Path:
             return struct.pack("<I", 8) + text(value)
         if isinstance(value[0], str):
             return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        if isinstance(value[0], float):
+            return struct.pack("<IIQ", 9, 6, len(value)) + struct.pack(f"<{len(value)}f", *value)
         return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
 
     head = struct.pack("<4sIQQ", b"GGUF", version, 0, len(values))
@@ -530,7 +532,8 @@ def test_gguf(files: dict[str, Path], tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.archzoo"))) == 1
     whole = path.read_bytes()
     for change, message in (
-        ({"tokenizer.ggml.model": "llama"}, 'tokenizer.ggml.model = "llama"'),
+        ({"tokenizer.ggml.model": "bert"}, 'tokenizer.ggml.model = "bert"'),
+        ({"tokenizer.ggml.add_eos_token": True}, "no id tokenizer.ggml.eos_token_id"),
         ({"tokenizer.ggml.pre": "novel"}, 'tokenizer.ggml.pre = "novel"'),
         ({"tokenizer.ggml.tokens": 3}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type"),

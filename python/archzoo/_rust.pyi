@@ -190,12 +190,14 @@ class Tokenizer:
         path: str | os.PathLike[str],
         pattern: str | None = None,
         cache: str | os.PathLike[str] | None = None,
+        ends: tuple[str | None, str | None] = (None, None),
     ) -> Self:
         """Reads a `tokenizer.json`, a SentencePiece file, a GGUF file's vocabulary, or ranks.
 
         Those are Mistral's Tekken, or a rank file with its pattern.
 
-        `cache` is a folder for tables that are built once.
+        `cache` is a folder for tables that are built once; `ends` are control tokens that go before and after
+        a text, if the file does not say so.
         """
     @property
     def vocab_size(self) -> int:

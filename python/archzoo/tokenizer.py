@@ -58,6 +58,7 @@ class Tokenizer:
 
         Ranks are tiktoken's or Mistral's Tekken. Control tokens of a SentencePiece or Tekken file are not
         found in text, as in the libraries that these are of, and neither file says what goes around a text.
+        Those of a GGUF file are found.
 
         Args:
             path: The file.
@@ -78,24 +79,30 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """Read the tokenizer of a model's folder, and its chat template.
 
-        That is its `tokenizer.json`, or else a SentencePiece or Tekken file: see `from_file`.
+        That is its `tokenizer.json`, or else a SentencePiece or Tekken file, around whose texts go the tokens
+        that `add_bos_token` and `add_eos_token` of `tokenizer_config.json` ask for: see `from_file`.
 
         Raises:
-            TokenizerError: A file is damaged or not supported, or `tokenizer_config.json` asks for ids around
-                a text where there is no `tokenizer.json`.
+            TokenizerError: A file is damaged or not supported.
         """
         folder = Path(folder)
         source = next((folder / name for name in _FILES if (folder / name).exists()), folder / _FILES[0])
-        tokenizer = cls.from_file(source)
         path = folder / "tokenizer_config.json"
+        config: dict[str, Any] = {}
         if path.exists():
             try:
-                tokenizer._config = json.loads(path.read_text(encoding="utf-8"))
+                config = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise TokenizerError(f"{path}: {error}") from None
-            flag = next((f for f in ("add_bos_token", "add_eos_token") if tokenizer._config.get(f)), None)
-            if source.name != _FILES[0] and flag is not None:
-                raise TokenizerError(f"{path}: not supported without a tokenizer.json: {flag}")
+        if source.name == _FILES[0]:  # which says itself what goes around a text
+            tokenizer = cls.from_file(source)
+        else:
+            ends = (_end(config, "bos", path), _end(config, "eos", path))
+            try:
+                tokenizer = cls(_rust.Tokenizer(source, ends=ends))
+            except _rust.TokenizerError as error:
+                raise TokenizerError(str(error)) from None
+        tokenizer._config = config
         template = folder / "chat_template.jinja"
         if template.exists():
             tokenizer._config["chat_template"] = template.read_text(encoding="utf-8")
@@ -260,6 +267,15 @@ class TextStream:
 def _content(token: str | dict[str, Any]) -> str:
     """A token as tokenizer_config.json writes it: text, or an object with flags."""
     return token if isinstance(token, str) else str(token["content"])
+
+
+def _end(config: dict[str, Any], name: str, path: Path) -> str | None:
+    """The token at one end of a text, "bos" or "eos", if tokenizer_config.json wants one."""
+    if not config.get(f"add_{name}_token"):
+        return None
+    if token := config.get(f"{name}_token"):
+        return _content(token)
+    raise TokenizerError(f"{path}: add_{name}_token is true, but no {name}_token is there")
 
 
 def _allowed(allowed: AllowedSpecial) -> set[str] | None:

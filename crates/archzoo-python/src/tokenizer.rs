@@ -38,15 +38,29 @@ enum Batch<'py> {
 #[pymethods]
 impl PyTokenizer {
     /// Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken or a tiktoken rank
-    /// file with the name of its pattern; with a folder for tables that are built once.
+    /// file with the name of its pattern; with a folder for tables that are built once, and the control tokens that go
+    /// before and after a text if the file does not say so.
     #[new]
-    #[pyo3(signature = (path, pattern = None, cache = None))]
-    fn new(py: Python, path: PathBuf, pattern: Option<&str>, cache: Option<PathBuf>) -> PyResult<Self> {
+    #[pyo3(signature = (path, pattern = None, cache = None, ends = (None, None)))]
+    fn new(
+        py: Python,
+        path: PathBuf,
+        pattern: Option<&str>,
+        cache: Option<PathBuf>,
+        ends: (Option<String>, Option<String>),
+    ) -> PyResult<Self> {
         let read = || match &cache {
             None => Tokenizer::from_file(&path, pattern),
             Some(folder) => Tokenizer::from_file_cached(&path, pattern, folder),
         };
-        py.detach(|| pool::run(read))?.map(Self).map_err(to_python)
+        let tokenizer = py.detach(|| pool::run(read))?.map_err(to_python)?;
+        match ends {
+            (None, None) => Ok(Self(tokenizer)),
+            (before, after) => {
+                let tokenizer = tokenizer.with_ends(before.as_deref(), after.as_deref());
+                tokenizer.map(Self).map_err(|e| to_python(e.in_file(&path)))
+            }
+        }
     }
 
     /// Number of ids, those of added tokens included.

@@ -1,14 +1,16 @@
-//! The vocabulary in the metadata of a GGUF file (versions 2 and 3), read as the `tokenizer.json` that it was made of.
+//! The vocabulary in the metadata of a GGUF file (versions 2 and 3), read as the file that it was made of: a
+//! `tokenizer.json`, or a SentencePiece model.
 
 use std::borrow::Cow;
 
 use archzoo_gguf::{Array, Fault, Metadata, Value};
 use serde_json::{Value as Json, json};
 
+use crate::bpe::Bpe;
 use crate::error::{Error, Result};
-use crate::json;
 use crate::split::{DEEPSEEK, GPT2, LLAMA3, O200K, QWEN, TEKKEN};
 use crate::tokenizer::Parts;
+use crate::{json, sentencepiece};
 
 /// Kinds of tokens that are found in a text before anything else.
 const CONTROL: i64 = 3;
@@ -53,12 +55,22 @@ impl<'a> Vocabulary<'a> {
         self.get(name)?.integer()
     }
 
-    /// The `tokenizer.json` around the vocabulary and the merges.
-    fn around(&self) -> Result<Json> {
-        let model = self.text("model")?;
-        if model != "gpt2" {
-            return Err(Error::unsupported(format!("the GGUF vocabulary tokenizer.ggml.model = {model:?}")));
-        }
+    fn flag(&self, name: &str, default: bool) -> bool {
+        self.number(name).map_or(default, |flag| flag != 0)
+    }
+
+    /// Types of tokens; none if the file does not tell.
+    fn kinds(&self, count: usize) -> Result<Vec<i64>> {
+        let kinds = match self.get("token_type") {
+            None => Some(Vec::new()),
+            Some(Value::Array(kinds)) => kinds.integers().filter(|kinds| kinds.len() == count),
+            Some(_) => None,
+        };
+        kinds.ok_or_else(|| Error::new("tokenizer.ggml.token_type does not have a number for each token"))
+    }
+
+    /// A byte-level model, and whether llama.cpp puts the first token before a text if the file does not tell.
+    fn byte_level(&self, made: Option<Bpe>) -> Result<(Parts, bool)> {
         let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
         let mut normalizer = Json::Null;
         let mut ignore_merges = false;
@@ -88,13 +100,7 @@ impl<'a> Vocabulary<'a> {
             json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
         cuts.push(byte_level.clone());
         let tokens = self.texts("tokens")?;
-        let kinds = match self.get("token_type") {
-            None => Some(Vec::new()),
-            Some(Value::Array(kinds)) => kinds.integers().filter(|kinds| kinds.len() == tokens.len()),
-            Some(_) => None,
-        };
-        let kinds = kinds
-            .ok_or_else(|| Error::new("tokenizer.ggml.token_type does not have a number for each token"))?;
+        let kinds = self.kinds(tokens.len())?;
         let added: Vec<Json> = (0..)
             .zip(kinds.iter().zip(tokens))
             .filter(|(_, (kind, _))| [CONTROL, USER_DEFINED].contains(kind))
@@ -103,33 +109,66 @@ impl<'a> Vocabulary<'a> {
                     "normalized": false, "special": *kind == CONTROL})
             })
             .collect();
-        let adds_bos = self.number("add_bos_token").map_or(ignore_merges, |flag| flag != 0);
-        let bos = self.number("bos_token_id").filter(|_| adds_bos);
-        let post_processor = bos.map_or(Json::Null, |id| {
-            let special = json!({"bos": {"id": "bos", "ids": [id], "tokens": ["bos"]}});
-            let single = json!([{"SpecialToken": {"id": "bos", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
-            json!({"type": "TemplateProcessing", "single": single, "special_tokens": special})
-        });
-        Ok(json!({
+        let around = json!({
             "added_tokens": added,
             "normalizer": normalizer,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-            "post_processor": post_processor,
             "decoder": byte_level,
             "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": {}, "merges": []},
-        }))
+        })
+        .to_string();
+        let parts = match made {
+            Some(model) => json::read_around(&around, model)?,
+            None => {
+                let tokens = tokens.iter().map(|&token| Cow::Borrowed(token)).zip(0..).collect();
+                json::read_tokens(&around, tokens, self.texts("merges")?)?
+            }
+        };
+        Ok((parts, ignore_merges))
+    }
+
+    /// A SentencePiece model, as Llama 2, Mistral and Gemma have.
+    fn pieces(&self, made: Option<Bpe>) -> Result<(Parts, bool)> {
+        if self.get("precompiled_charsmap").is_some() {
+            return Err(Error::unsupported("tokenizer.ggml.precompiled_charsmap"));
+        }
+        let tokens = self.texts("tokens")?;
+        let scores = match self.get("scores") {
+            Some(Value::Array(Array::F32(scores))) if scores.len() == tokens.len() => scores,
+            _ => return Err(Error::new("tokenizer.ggml.scores does not have a number for each token")),
+        };
+        let kinds = self.kinds(tokens.len())?;
+        if kinds.len() < tokens.len() {
+            return Err(Error::new("no numbers tokenizer.ggml.token_type"));
+        }
+        let pieces = tokens.iter().zip(scores).zip(&kinds);
+        let pieces = pieces.map(|((&text, &score), &kind)| (text, score, u64::try_from(kind).unwrap_or(0)));
+        let (prefix, strips) =
+            (self.flag("add_space_prefix", true), self.flag("remove_extra_whitespaces", false));
+        Ok((sentencepiece::File::of_pieces(pieces, prefix, strips)?.parts(made)?, true))
+    }
+
+    /// The token at one end of a text, if there is to be one.
+    fn end(&self, name: &str, default: bool) -> Result<Vec<u32>> {
+        if !self.flag(&format!("add_{name}_token"), default) {
+            return Ok(Vec::new());
+        }
+        let key = format!("{name}_token_id");
+        let id = self.number(&key).and_then(|id| u32::try_from(id).ok());
+        id.map(|id| vec![id]).ok_or_else(|| Error::new(format!("no id tokenizer.ggml.{key}")))
     }
 }
 
-/// Reads the vocabulary of a GGUF file.
-pub(crate) fn read(content: &[u8]) -> Result<Parts> {
+/// The parts of a GGUF file's tokenizer, with the model made of it or that given.
+pub(crate) fn parts(content: &[u8], made: Option<Bpe>) -> Result<Parts> {
     let vocabulary = Vocabulary::of(content)?;
-    let around = vocabulary.around()?.to_string();
-    let tokens = vocabulary.texts("tokens")?.iter().map(|&token| Cow::Borrowed(token)).zip(0..).collect();
-    json::read_tokens(&around, tokens, vocabulary.texts("merges")?)
-}
-
-/// What the file says around its vocabulary and merges, as a `tokenizer.json`.
-pub(crate) fn around(content: &[u8]) -> Result<String> {
-    Ok(Vocabulary::of(content)?.around()?.to_string())
+    let (mut parts, adds_bos) = match vocabulary.text("model")? {
+        "gpt2" => vocabulary.byte_level(made)?,
+        "llama" => vocabulary.pieces(made)?,
+        other => {
+            return Err(Error::unsupported(format!("the GGUF vocabulary tokenizer.ggml.model = {other:?}")));
+        }
+    };
+    (parts.before, parts.after) = (vocabulary.end("bos", adds_bos)?, vocabulary.end("eos", false)?);
+    Ok(parts)
 }

@@ -112,6 +112,20 @@ pub enum Kind {
     Byte,
 }
 
+impl Kind {
+    fn of(number: u64) -> Result<Self> {
+        Ok(match number {
+            1 => Self::Normal,
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => return Err(Error::unsupported(format!("a SentencePiece piece of type {number}"))),
+        })
+    }
+}
+
 struct Piece {
     text: String,
     score: f32,
@@ -126,33 +140,30 @@ impl Piece {
             match (field, value) {
                 (1, Value::Bytes(bytes)) => piece.text = text(bytes, "a piece")?,
                 (2, Value::Fixed(bytes)) => piece.score = f32::from_le_bytes(bytes),
-                (3, Value::Number(kind)) => {
-                    piece.kind = match kind {
-                        1 => Kind::Normal,
-                        2 => Kind::Unknown,
-                        3 => Kind::Control,
-                        4 => Kind::UserDefined,
-                        5 => Kind::Unused,
-                        6 => Kind::Byte,
-                        _ => return Err(Error::unsupported(format!("a SentencePiece piece of type {kind}"))),
-                    }
-                }
+                (3, Value::Number(kind)) => piece.kind = Kind::of(kind)?,
                 _ => return message.unknown(field),
             }
         }
-        match piece.score.is_finite() {
-            true => Ok(piece),
-            false => Err(Error::new(format!("the piece {:?} has the score {}", piece.text, piece.score))),
+        piece.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        match self.score.is_finite() {
+            true => Ok(self),
+            false => Err(Error::new(format!("the piece {:?} has the score {}", self.text, self.score))),
         }
     }
 }
 
-struct File {
+/// What a SentencePiece file says.
+pub(crate) struct File {
     pieces: Vec<Piece>,
     is_bpe: bool,
     byte_fallback: bool,
     unknown_surface: String,
     normalizer: Spec,
+    /// Whether control pieces are found in text.
+    finds_controls: bool,
 }
 
 /// How text is normalised.
@@ -246,9 +257,9 @@ impl Spec {
     }
 }
 
-impl File {
-    fn read(content: &[u8]) -> Result<Self> {
-        let mut file = Self {
+impl Default for File {
+    fn default() -> Self {
+        Self {
             pieces: Vec::new(),
             is_bpe: false,
             byte_fallback: false,
@@ -261,7 +272,32 @@ impl File {
                 remove_extra_whitespaces: true,
                 escape_whitespaces: true,
             },
-        };
+            finds_controls: false,
+        }
+    }
+}
+
+impl File {
+    /// A byte-pair model out of another kind of file: pieces (text, score, type), and whether a mark is put before a
+    /// text and extra blanks go. Control pieces are found in text.
+    pub(crate) fn of_pieces<'a>(
+        pieces: impl Iterator<Item = (&'a str, f32, u64)>,
+        add_dummy_prefix: bool,
+        remove_extra_whitespaces: bool,
+    ) -> Result<Self> {
+        let mut file = Self { is_bpe: true, finds_controls: true, ..Self::default() };
+        for (text, score, kind) in pieces {
+            let piece = Piece { text: text.to_owned(), score, kind: Kind::of(kind)? };
+            file.byte_fallback |= piece.kind == Kind::Byte;
+            file.pieces.push(piece.checked()?);
+        }
+        file.normalizer.add_dummy_prefix = add_dummy_prefix;
+        file.normalizer.remove_extra_whitespaces = remove_extra_whitespaces;
+        Ok(file)
+    }
+
+    fn read(content: &[u8]) -> Result<Self> {
+        let mut file = Self::default();
         let mut message = Message { name: "the model", rest: content };
         while let Some((field, value)) = message.next()? {
             match (field, value) {
@@ -420,6 +456,59 @@ impl File {
         let scores = self.pieces.iter().map(score).collect();
         Ok(Unigram::new(vocab, scores, f64::from(least), Some(unknown), fallback, Score::Single))
     }
+
+    /// The parts of the file, with the model made of it or that given.
+    pub(crate) fn parts(mut self, made: Option<Bpe>) -> Result<Parts> {
+        let (unknown, fallback) = self.reserved()?;
+        let model = match made {
+            Some(bpe) => Model::Bpe(bpe),
+            None if self.is_bpe => Model::Bpe(self.bpe(unknown, fallback)?),
+            None => Model::Unigram(self.unigram(unknown, fallback)?),
+        };
+        let splitter = match &model {
+            Model::Bpe(bpe) if bpe.starts_words_with(MARK) => Splitter::Words(MARK),
+            _ => Splitter::Whole,
+        };
+        let token = |(piece, id): (&Piece, u32)| AddedToken {
+            id,
+            content: piece.text.clone(),
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: piece.kind == Kind::UserDefined,
+            special: piece.kind == Kind::Control,
+        };
+        let of_kind = |kind: Kind| self.pieces.iter().zip(0..).filter(move |(piece, _)| piece.kind == kind);
+        let controls: Vec<AddedToken> = of_kind(Kind::Control).map(token).collect();
+        let controls = if self.finds_controls { Added::new(controls)? } else { Added::silent(controls) };
+        let user_defined: Vec<AddedToken> = of_kind(Kind::UserDefined).map(token).collect();
+        if !user_defined.is_empty() {
+            let tokens: Vec<(&[u8], u32)> =
+                user_defined.iter().map(|t| (t.content.as_bytes(), t.id)).collect();
+            self.normalizer.user_defined = Some(Trie::new(&tokens, |_, _| {}));
+        }
+        // Unigram's scores see to it that these are found.
+        let normalized = if self.is_bpe { Added::new(user_defined)? } else { Added::silent(user_defined) };
+        let kinds = self.pieces.iter().map(|piece| piece.kind).collect();
+        let starts_blank = self.normalizer.add_dummy_prefix || self.normalizer.remove_extra_whitespaces;
+        let strips = match (starts_blank, self.normalizer.remove_extra_whitespaces) {
+            (false, _) => Strip::Nothing,
+            (true, false) => Strip::First,
+            (true, true) => Strip::All,
+        };
+        Ok(Parts {
+            raw: controls,
+            normalized,
+            normalizers: vec![Normalizer::SentencePiece(Box::new(self.normalizer))],
+            prefix_blank: false,
+            metaspace: None,
+            splitter,
+            model,
+            before: Vec::new(),
+            after: Vec::new(),
+            decoder: Decoder::Pieces(PieceDecoder { kinds, unknown_surface: self.unknown_surface, strips }),
+        })
+    }
 }
 
 /// Whether content is that of a SentencePiece file: it starts with a piece that starts with its text.
@@ -430,61 +519,9 @@ pub fn is_model(content: &[u8]) -> bool {
     matches!(piece.next(), Ok(Some((1, Value::Bytes(_)))))
 }
 
-/// Reads a SentencePiece file.
-pub(crate) fn read(content: &[u8]) -> Result<Parts> {
-    parts(content, None)
-}
-
-/// The parts of a file, with the model made of it or that given.
+/// The parts of a SentencePiece file, with the model made of it or that given.
 pub(crate) fn parts(content: &[u8], made: Option<Bpe>) -> Result<Parts> {
-    let mut file = File::read(content)?;
-    let (unknown, fallback) = file.reserved()?;
-    let model = match made {
-        Some(bpe) => Model::Bpe(bpe),
-        None if file.is_bpe => Model::Bpe(file.bpe(unknown, fallback)?),
-        None => Model::Unigram(file.unigram(unknown, fallback)?),
-    };
-    let splitter = match &model {
-        Model::Bpe(bpe) if bpe.starts_words_with(MARK) => Splitter::Words(MARK),
-        _ => Splitter::Whole,
-    };
-    let token = |(piece, id): (&Piece, u32)| AddedToken {
-        id,
-        content: piece.text.clone(),
-        single_word: false,
-        lstrip: false,
-        rstrip: false,
-        normalized: piece.kind == Kind::UserDefined,
-        special: piece.kind == Kind::Control,
-    };
-    let of_kind = |kind: Kind| file.pieces.iter().zip(0..).filter(move |(piece, _)| piece.kind == kind);
-    let controls = Added::silent(of_kind(Kind::Control).map(token).collect());
-    let user_defined: Vec<AddedToken> = of_kind(Kind::UserDefined).map(token).collect();
-    if !user_defined.is_empty() {
-        let tokens: Vec<(&[u8], u32)> = user_defined.iter().map(|t| (t.content.as_bytes(), t.id)).collect();
-        file.normalizer.user_defined = Some(Trie::new(&tokens, |_, _| {}));
-    }
-    // Unigram's scores see to it that these are found.
-    let normalized = if file.is_bpe { Added::new(user_defined)? } else { Added::silent(user_defined) };
-    let kinds = file.pieces.iter().map(|piece| piece.kind).collect();
-    let starts_blank = file.normalizer.add_dummy_prefix || file.normalizer.remove_extra_whitespaces;
-    let strips = match (starts_blank, file.normalizer.remove_extra_whitespaces) {
-        (false, _) => Strip::Nothing,
-        (true, false) => Strip::First,
-        (true, true) => Strip::All,
-    };
-    Ok(Parts {
-        raw: controls,
-        normalized,
-        normalizers: vec![Normalizer::SentencePiece(Box::new(file.normalizer))],
-        prefix_blank: false,
-        metaspace: None,
-        splitter,
-        model,
-        before: Vec::new(),
-        after: Vec::new(),
-        decoder: Decoder::Pieces(PieceDecoder { kinds, unknown_surface: file.unknown_surface, strips }),
-    })
+    File::read(content)?.parts(made)
 }
 
 /// Which marks at the start of a text are no blanks.

@@ -20,7 +20,7 @@ use crate::{cache_file, gguf, json, sentencepiece, tekken, tiktoken};
 /// A tokenizer, ready for any number of threads.
 pub struct Tokenizer {
     pub(crate) parts: Parts,
-    /// Of the file and the pattern.
+    /// Of the file, the pattern and what was changed since.
     hash: blake3::Hash,
     /// Of threads that are not at work.
     idle: Mutex<Vec<Scratch>>,
@@ -81,8 +81,8 @@ impl<'a> Source<'a> {
     fn parts(&self) -> Result<Parts> {
         match self {
             Self::Json(content) => json::read(content),
-            Self::Gguf(content) => gguf::read(content),
-            Self::SentencePiece(content) => sentencepiece::read(content),
+            Self::Gguf(content) => gguf::parts(content, None),
+            Self::SentencePiece(content) => sentencepiece::parts(content, None),
             Self::Tekken(content) => tekken::read(content),
             Self::Ranks(content, pattern) => tiktoken::read(content, pattern),
         }
@@ -92,8 +92,7 @@ impl<'a> Source<'a> {
     fn around(&self) -> Result<String> {
         match self {
             Self::Json(content) => json::around(content),
-            Self::Gguf(content) => gguf::around(content),
-            Self::SentencePiece(_) | Self::Tekken(_) | Self::Ranks(..) => Ok(String::new()),
+            Self::Gguf(_) | Self::SentencePiece(_) | Self::Tekken(_) | Self::Ranks(..) => Ok(String::new()),
         }
     }
 }
@@ -168,7 +167,8 @@ impl Tokenizer {
                 Source::Ranks(_, pattern) => tiktoken::parts_of(pattern, model),
                 Source::Tekken(content) => tekken::parts(content, Some(model)),
                 Source::SentencePiece(content) => sentencepiece::parts(content, Some(model)),
-                Source::Json(_) | Source::Gguf(_) => json::read_around(&around, model),
+                Source::Gguf(content) => gguf::parts(content, Some(model)),
+                Source::Json(_) => json::read_around(&around, model),
             };
             return parts.map(|parts| Self::new(parts, hash)).map_err(|e| e.in_file(path));
         }
@@ -182,6 +182,23 @@ impl Tokenizer {
 
     fn new(parts: Parts, hash: blake3::Hash) -> Self {
         Self { parts, hash, idle: Mutex::default() }
+    }
+
+    /// The same with control tokens, told by their content, around a text with special tokens.
+    pub fn with_ends(mut self, before: Option<&str>, after: Option<&str>) -> Result<Self> {
+        let id = |content: &str| {
+            let token = self.added().find(|token| token.special && token.content == content);
+            token.map(|token| token.id).ok_or_else(|| Error::new(format!("no control token {content:?}")))
+        };
+        let ids = |content: Option<&str>| content.map(id).transpose().map(|id| id.into_iter().collect());
+        let (first, last) = (ids(before)?, ids(after)?);
+        (self.parts.before, self.parts.after) = (first, last);
+        let mut hasher = blake3::Hasher::new();
+        for part in [Some(self.hash.to_hex().as_str()), before, after] {
+            hasher.update(part.unwrap_or_default().as_bytes()).update(&[0]);
+        }
+        self.hash = hasher.finalize();
+        Ok(self)
     }
 
     /// Number of ids, those of added tokens included.
