@@ -190,7 +190,7 @@ class Tokenizer:
         path: str | os.PathLike[str],
         pattern: str | None = None,
         cache: str | os.PathLike[str] | None = None,
-        ends: tuple[str | None, str | None] = (None, None),
+        ends: tuple[str | None, str | None] = ...,
     ) -> Self:
         """Reads a `tokenizer.json`, a SentencePiece file, a GGUF file's vocabulary, or ranks.
 
