@@ -223,7 +223,11 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
         shard(lambda p: p.write_bytes(b"")),
         r"model-00001-of-\d+\.safetensors: .*0 bytes",
     ),
-    "missing shard": (LLAMA, shard(Path.unlink), r"model-00001-of-\d+\.safetensors: cannot open"),
+    "missing shard": (
+        LLAMA,
+        shard(Path.unlink),
+        r'model-00001-of-\d+\.safetensors: tensor "\S+": expected here .*, found no such file',
+    ),
     "garbage shard": (
         LLAMA,
         shard(lambda p: p.write_bytes(b"\x05" * 99)),
