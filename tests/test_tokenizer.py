@@ -309,6 +309,31 @@ def test_batches(files: dict[str, Path]) -> None:
         assert ids[offsets[i] : offsets[i + 1]].tolist() == ours.encode(text).tolist()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_share_a_long_text(name: str, files: dict[str, Path]) -> None:
+    """Parts of several sections, and of a text whose blanks are in long runs."""
+    if name not in files:
+        pytest.skip("its package is not installed")
+    reference = tokenizers.Tokenizer.from_file(str(files[name]))
+    reference.no_truncation()
+    reference.no_padding()
+    ours = Tokenizer.from_file(files[name])
+    manual = python_manual_text("valid")[:2000]
+    words = [
+        text for text in hostile(3000, seed=5) if not any(token in text for token in ours.special_tokens)
+    ]
+    text = " ".join(f"{word}{manual[i % 2000 : i % 2000 + 150]}\n" for i, word in enumerate(words))
+    control = next(iter(ours.special_tokens), "")
+    text = text + control + text[:300_000]
+    assert len(text.encode()) > 900_000
+    ids = ours.encode(text).tolist()
+    assert ids == reference.encode(text).ids
+    assert ids == ours.encode(text.encode()).tolist()
+    assert ours.count(text) == len(ids)
+    batch = ours.encode_batch([text, "a", text])
+    assert batch.ids[: batch.offsets[1]].tolist() == batch.ids[batch.offsets[2] :].tolist() == ids
+
+
 def test_rank_files(tmp_path: Path, files: dict[str, Path]) -> None:
     """A rank file made from the trained tokens gives tiktoken's ids."""
     import base64

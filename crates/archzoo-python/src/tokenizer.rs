@@ -28,6 +28,9 @@ pub struct PyTokenizer(Tokenizer);
 /// Ids of several texts, and where each text's start.
 type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
 
+/// Bytes of a text that is worth several threads.
+const LONG: usize = 1 << 18;
+
 /// Texts to encode.
 #[derive(FromPyObject)]
 enum Batch<'py> {
@@ -102,15 +105,22 @@ impl PyTokenizer {
         allowed_special: Option<BTreeSet<String>>,
     ) -> PyResult<Bound<'py, PyArray1<u32>>> {
         let options = options(add_special_tokens, allowed_special.as_ref());
-        let mut ids = Vec::new();
-        if let Ok(bytes) = text.cast::<PyBytes>() {
-            let bytes = bytes.as_bytes();
-            py.detach(|| self.0.encode_bytes(bytes, options, &mut ids)).map_err(to_python)?;
-        } else {
-            let text = utf8(text.cast::<PyString>()?)?;
-            py.detach(|| self.0.encode(text, options, &mut ids)).map_err(to_python)?;
-        }
-        Ok(PyArray1::from_vec(py, ids))
+        // A text, or else bytes.
+        let given = match text.cast::<PyBytes>() {
+            Ok(bytes) => Err(bytes.as_bytes()),
+            Err(_) => Ok(utf8(text.cast::<PyString>()?)?),
+        };
+        let encode = || {
+            let mut ids = Vec::new();
+            match given {
+                Ok(text) => self.0.encode(text, options, &mut ids)?,
+                Err(bytes) => self.0.encode_bytes(bytes, options, &mut ids)?,
+            }
+            Ok(ids)
+        };
+        let is_long = given.map_or_else(<[u8]>::len, str::len) >= LONG;
+        let ids = py.detach(|| if is_long { pool::run(encode) } else { Ok(encode()) })?;
+        Ok(PyArray1::from_vec(py, ids.map_err(to_python)?))
     }
 
     /// Ids of a text, uint32, and the starts and ends of their bytes in it, int64 [2 * n].

@@ -89,6 +89,11 @@ impl Encoder<'_> {
         }
     }
 
+    /// Whether ids are all that is wanted.
+    pub fn only_ids(&self) -> bool {
+        self.counted.is_none() && self.spans.is_none()
+    }
+
     /// Finds where the tokens from `first` on are in their text, which starts at `start`; with `blank` the first token
     /// has a blank that the text lacks. A byte that no token stands for is passed over, and a token that is not
     /// there is empty.

@@ -143,6 +143,8 @@ pub struct Ragged {
 
 /// Bytes of text that one task of a batch encodes, at least.
 const TASK_BYTES: usize = 1 << 15;
+/// Bytes of a long text that one task encodes, at least.
+const PART_BYTES: usize = 1 << 17;
 
 impl Tokenizer {
     /// Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken, or a tiktoken
@@ -240,7 +242,7 @@ impl Tokenizer {
         self.hash.to_hex().to_string()
     }
 
-    /// Appends the ids of a text to `out`.
+    /// Appends the ids of a text to `out`; of a long one on the threads of the current pool, if there is one.
     pub fn encode(&self, text: &str, options: Options, out: &mut Vec<u32>) -> Result<()> {
         self.with_scratch(|scratch| self.encode_with(text, options, scratch, out, None).map(drop))
     }
@@ -348,14 +350,39 @@ impl Tokenizer {
                 Section::Text(range) => {
                     let start = section.start + range.start;
                     let before = encoder.out.len();
-                    parts.encode_section(&normalized[range.clone()], start == 0, encoder)?;
                     let text = &normalized[range];
+                    if encoder.only_ids()
+                        && let several @ [_, _, ..] = &parts.shared(text)[..]
+                    {
+                        return self.encode_parts(several, start == 0, encoder.out);
+                    }
+                    parts.encode_section(text, start == 0, encoder)?;
                     let blank = parts.prefix_blank && !text.starts_with(' ');
                     encoder.locate(text.as_bytes(), start, before, blank);
                     Ok(())
                 }
             })
         })
+    }
+
+    /// Appends the ids of the parts of a section, which several threads take.
+    fn encode_parts(&self, texts: &[&str], is_first: bool, out: &mut Vec<u32>) -> Result<()> {
+        let parts = &self.parts;
+        let encode = |(i, text): (usize, &&str)| {
+            let mut ids = Vec::with_capacity(text.len() / 3);
+            self.with_scratch(|scratch| {
+                let mut encoder =
+                    Encoder { model: &parts.model, scratch, out: &mut ids, counted: None, spans: None };
+                match i {
+                    0 => parts.encode_section(text, is_first, &mut encoder),
+                    _ => parts.splitter.split(text, &mut encoder),
+                }
+            })?;
+            Ok(ids)
+        };
+        let all = texts.par_iter().enumerate().map(encode).collect::<Result<Vec<_>>>()?;
+        all.iter().for_each(|ids| out.extend_from_slice(ids));
+        Ok(())
     }
 
     /// Appends the ids of bytes to `out`. Those that are not UTF-8 are pieces of their own, as long as they go.
@@ -475,6 +502,13 @@ impl Tokenizer {
 }
 
 impl Parts {
+    /// Parts of a long section for the threads of the current pool; none if one thread takes it all.
+    fn shared<'t>(&self, text: &'t str) -> Vec<&'t str> {
+        let is_long = text.len() >= 2 * PART_BYTES && self.metaspace.is_none();
+        let has_threads = || rayon::current_thread_index().is_some() && rayon::current_num_threads() > 1;
+        if is_long && has_threads() { self.splitter.parts(text, PART_BYTES) } else { Vec::new() }
+    }
+
     fn encode_section(&self, text: &str, is_first: bool, encoder: &mut Encoder) -> Result<()> {
         if let Some(metaspace) = &self.metaspace {
             return metaspace.split(text, is_first, &self.splitter, encoder);

@@ -102,6 +102,24 @@ impl Splitter {
         }
     }
 
+    /// Parts of a text, each but the last of `size` bytes or more, whose pieces are those of the whole; one part where
+    /// nothing is known of what goes over a border.
+    pub fn parts<'t>(&self, text: &'t str, size: usize) -> Vec<&'t str> {
+        let next = |from: usize| match self {
+            Self::Words(mark) => next_word(mark, text, from),
+            Self::Family(_) => next_blank(text, from),
+            Self::Whole | Self::Steps(_) => None,
+        };
+        let mut parts = Vec::new();
+        let mut start = 0;
+        while let Some(end) = next(start + size.max(1)) {
+            parts.push(&text[start..end]);
+            start = end;
+        }
+        parts.push(&text[start..]);
+        parts
+    }
+
     /// Hands every piece of `text` to `sink`, in order.
     pub fn split(&self, text: &str, sink: &mut impl Sink) -> Result<()> {
         match self {
@@ -119,6 +137,24 @@ impl Splitter {
             }
         }
     }
+}
+
+/// The first blank or line feed from `from` on that follows a letter: no family has a piece with both, and none looks
+/// behind a piece's start, or past its end but at white space.
+fn next_blank(text: &str, from: usize) -> Option<usize> {
+    let after = text.as_bytes().get(from..)?;
+    let follows_letter = |&at: &usize| {
+        let before = text[..at].chars().next_back();
+        before.is_some_and(|c| classes::unicode()[c as usize] & classes::LETTER != 0)
+    };
+    memchr::memchr2_iter(b' ', b'\n', after).map(|at| from + at).find(follows_letter)
+}
+
+/// The first mark from `from` on that follows something else.
+fn next_word(mark: &str, text: &str, from: usize) -> Option<usize> {
+    let from = (from..text.len()).find(|&at| text.is_char_boundary(at))?;
+    let mut marks = text[from..].match_indices(mark).map(|(at, _)| from + at);
+    marks.find(|&at| !text[..at].ends_with(mark))
 }
 
 fn split_words(mark: &str, text: &str, sink: &mut impl Sink) -> Result<()> {
@@ -274,9 +310,33 @@ mod tests {
 
     fn compare(text: &str) {
         for (family, regex) in regexes() {
-            let by_hand = ends(&Splitter::Family(*family), text);
-            assert_eq!(by_hand, ends(regex, text), "{family:?} {text:?}");
+            let by_hand = Splitter::Family(*family);
+            let found = ends(&by_hand, text);
+            assert_eq!(found, ends(regex, text), "{family:?} {text:?}");
+            assert_eq!(ends_of_parts(&by_hand, text), found, "parts: {family:?} {text:?}");
         }
+    }
+
+    /// The same by every cut that parts may have.
+    fn ends_of_parts(splitter: &Splitter, text: &str) -> Vec<usize> {
+        let mut start = 0;
+        let mut found = Vec::new();
+        for part in splitter.parts(text, 1) {
+            found.extend(ends(splitter, part).iter().map(|end| start + end));
+            start += part.len();
+        }
+        assert_eq!(start, text.len());
+        found
+    }
+
+    #[test]
+    fn parts_are_cut_between_words() {
+        let family = Splitter::Family(Family::Qwen);
+        assert_eq!(family.parts("ab cd  e, f\n12 日\nx", 1), ["ab", " cd", "  e, f", "\n12 日", "\nx"]);
+        assert_eq!(family.parts("ab cd  ef gh", 3), ["ab cd", "  ef", " gh"]);
+        assert_eq!(Splitter::Words("_").parts("_ab__c_", 1), ["_ab", "__c", "_"]);
+        assert_eq!(Splitter::Whole.parts("a b", 1), ["a b"]);
+        assert_eq!(family.parts("", 1), [""]);
     }
 
     /// The first and the last code point of every run of one class, in contexts.
@@ -343,6 +403,8 @@ mod tests {
         #[test]
         fn families_are_their_regexes(text in hostile()) {
             compare(&text);
+            let words = Splitter::Words("aA");
+            assert_eq!(ends_of_parts(&words, &text), ends(&words, &text));
         }
     }
 }
