@@ -139,15 +139,18 @@ impl Splitter {
     }
 }
 
+/// Blanks that are looked at for one cut: in a long run of them nothing is lost by one part.
+const MOST_TRIED: usize = 1 << 12;
+
 /// The first blank or line feed from `from` on that follows a letter: no family has a piece with both, and none looks
-/// behind a piece's start, or past its end but at white space.
+/// behind a piece's start, or past its end but at white space. None, too, where many in a row follow no letter.
 fn next_blank(text: &str, from: usize) -> Option<usize> {
     let after = text.as_bytes().get(from..)?;
     let follows_letter = |&at: &usize| {
         let before = text[..at].chars().next_back();
         before.is_some_and(|c| classes::unicode()[c as usize] & classes::LETTER != 0)
     };
-    memchr::memchr2_iter(b' ', b'\n', after).map(|at| from + at).find(follows_letter)
+    memchr::memchr2_iter(b' ', b'\n', after).take(MOST_TRIED).map(|at| from + at).find(follows_letter)
 }
 
 /// The first mark from `from` on that follows something else.
