@@ -218,16 +218,21 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ids_are_those_of_tokenizers(
-    name: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def both(name: str, files: dict[str, Path]) -> tuple[Any, Tokenizer]:
+    """A file as `tokenizers` reads it, whole texts only, and as we do."""
     if name not in files:
         pytest.skip("its package is not installed")
     reference = tokenizers.Tokenizer.from_file(str(files[name]))
     reference.no_padding()
     reference.no_truncation()
-    ours = Tokenizer.from_file(files[name])
+    return reference, Tokenizer.from_file(files[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_tokenizers(
+    name: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, ours = both(name, files)
     manual = python_manual_text("valid")
     texts = [*hostile(2000), *every_character(), *(manual[i : i + 2000] for i in range(0, len(manual), 2000))]
     texts = list(dict.fromkeys(texts))
@@ -312,12 +317,7 @@ def test_batches(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_share_a_long_text(name: str, files: dict[str, Path]) -> None:
     """Parts of several sections, and of a text whose blanks are in long runs."""
-    if name not in files:
-        pytest.skip("its package is not installed")
-    reference = tokenizers.Tokenizer.from_file(str(files[name]))
-    reference.no_truncation()
-    reference.no_padding()
-    ours = Tokenizer.from_file(files[name])
+    reference, ours = both(name, files)
     manual = python_manual_text("valid")[:2000]
     words = [
         text for text in hostile(3000, seed=5) if not any(token in text for token in ours.special_tokens)

@@ -32,7 +32,9 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, inputs):
         if path.is_dir():
             names = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-            inside = sorted((p for p in names if p.name.endswith(SUFFIXES) and p.is_file()), key=_parts)
+            inside = sorted(
+                (p for p in names if p.name.endswith(SUFFIXES) and p.is_file()), key=lambda p: p.parts
+            )
             if not inside:
                 raise InputError(f"{path}: no file that ends in one of {', '.join(SUFFIXES)}")
             found += inside
@@ -43,10 +45,6 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
         else:
             found.append(path)
     return found
-
-
-def _parts(path: Path) -> tuple[str, ...]:
-    return path.parts
 
 
 class Documents:
