@@ -1,4 +1,4 @@
-"""Causal convolution: the definition, and the CPU path against it. The kernels: tests/interpret/conv.py."""
+"""Causal convolution: the definition, and the CPU path against it. The kernels: tests/kernels/conv.py."""
 
 from __future__ import annotations
 

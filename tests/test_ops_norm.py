@@ -1,4 +1,4 @@
-"""RMSNorm ops: the definitions, and the CPU paths against them. The kernels: tests/interpret/norm.py."""
+"""RMSNorm ops: the definitions, and the CPU paths against them. The kernels: tests/kernels/norm.py."""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ def conv_step(X, STATE, W, BIAS, Y, C, stride_x, K: tl.constexpr, SILU: tl.const
     tl.store(Y + b * C + c, y.to(Y.dtype.element_ty), mask)
 
 
-TILE = {"BT": 32, "BC": 64, "num_warps": 4, **OPTIONS}
-TILE_BWD = TILE | {"num_warps": 8}
+TILE = {"BT": 8, "BC": 128, "num_warps": 2, **OPTIONS}
+TILE_BWD = {"BT": 64, "BC": 32, "num_warps": 4, **OPTIONS}
 STEP = {"BC": 256, "num_warps": 4, **OPTIONS}
 
 

@@ -9,17 +9,17 @@ from torch import Tensor
 OPTIONS = {"enable_fp_fusion": True}  # its default differs between versions of Triton
 
 
-def tile(d: int) -> dict[str, int]:
+def tile(d: int, elements: int = 2048) -> dict[str, int]:
     """ROWS, COLS and num_warps of a tile that holds whole rows of d elements, 16 to 32 elements a thread."""
     cols = triton.next_power_of_2(d)
-    rows = max(1, 2048 // cols)
+    rows = max(1, elements // cols)
     return {"ROWS": rows, "COLS": cols, "num_warps": min(16, max(1, rows * cols // 512)), **OPTIONS}
 
 
 def persistent(tiles: int, device: torch.device) -> int:
     """How many programs share `tiles` tiles when each accumulates one partial weight gradient."""
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(tiles, 4 * cores)
+    return min(tiles, 8 * cores)
 
 
 def unit(x: Tensor) -> Tensor:

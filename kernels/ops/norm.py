@@ -181,7 +181,7 @@ def gated_rms_norm_backward(
     """-> dy, dgate [..., d], dw [d]."""
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dz = torch.empty(y.shape, dtype=gate.dtype, device=y.device)
-    config, d = tile(size), y.shape[-1]
+    config, d = tile(size, 1024), y.shape[-1]
     n = y.numel() // d
     programs = persistent(triton.cdiv(n, config["ROWS"]), y.device)
     dw = torch.empty(programs, d, dtype=torch.float32, device=y.device)

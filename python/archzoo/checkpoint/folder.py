@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from archzoo.checkpoint.families import families
 from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.quantized import Format, stored_as
-from archzoo.checkpoint.shards import CASTS, Contents, Part, Reader, write_contents
+from archzoo.checkpoint.shards import CASTS, STAGE, Contents, Part, Reader, write_contents
 from archzoo.configuration import ModelConfig
 from archzoo.data.gguf import GgufFile
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
 
-STAGE = 1 << 25  # bytes read at once into memory of their own
 Forms = dict[str, Format | None]  # of each of the file's weights; None when its tensor is the weight
 USABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a weight
 

@@ -39,6 +39,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+STAGE = 1 << 25  # bytes read at once on their way to other memory
 CASTS = {torch.float32, torch.bfloat16, torch.float16}  # cast into each other while they are read
 
 
@@ -132,37 +133,52 @@ class Reader:
         return self._reader.bytes_read
 
     def read_into(self, targets: Mapping[str, Tensor], *, verify: bool = False) -> None:
-        """Read tensors straight into contiguous CPU tensors of their shape; `read_parts` tells the rest."""
+        """Read tensors into contiguous tensors of their shape; `read_parts` tells the rest."""
         self.read_parts([Part(name, tensor) for name, tensor in targets.items()], verify=verify)
 
     def read_parts(self, parts: Iterable[Part], *, verify: bool = False) -> None:
-        """Read tensors, or boxes of them, straight into contiguous CPU tensors, all in parallel.
+        """Read tensors, or boxes of them, into contiguous tensors, all in parallel.
 
-        Between float32, bfloat16 and float16 they are cast on the way, rounded to nearest even. With `verify`
-        tensors that are read as a whole are compared with their checksums, where the file has such.
+        Memory of the CPU is filled straight from the file, that of a GPU by way of STAGE pinned bytes, or a
+        whole tensor. Between float32, bfloat16 and float16 they are cast on the way, rounded to nearest even.
+        With `verify` tensors that are read as a whole are compared with their checksums, where the file has
+        such.
         """
-        requests, parts = [], list(parts)  # which keep the memory
+        requests, away, parts = [], [], list(parts)  # which keep the memory
         for name, tensor, ranges in parts:
             dtype, shape, file = self.info(name)
             wanted = (*(stop - start for start, stop in ranges), *shape[len(ranges) :])
             cast = tensor.dtype != dtype
             fits = not cast or {tensor.dtype, dtype} <= CASTS
-            fits = fits and tensor.device.type == "cpu"
+            fits = fits and not tensor.is_meta
             if not fits or tensor.shape != wanted or not tensor.is_contiguous():
                 order = "" if tensor.is_contiguous() else ", not contiguous"
                 raise CheckpointError(
                     f"{file}: tensor '{name}' is {dtype} {list(wanted)}, the destination is "
                     f"{tensor.dtype} {list(tensor.shape)}{order}"
                 )
+            if tensor.device.type != "cpu":
+                away.append(Part(name, tensor, ranges))
+                continue
             tag = TAGS[tensor.dtype] if cast else None
             requests.append((name, tensor.data_ptr(), tensor.nbytes, list(ranges), tag))
         with _faults():
             if isinstance(self._reader, _rust.CheckpointReader):
                 self._reader.read_into(requests, verify)
-            elif isinstance(self._reader, DFloat11Folder):
-                self._reader.fill(parts, verify)
-            else:
-                self._reader.fill(parts)
+            elif here := [part for part in parts if part.destination.device.type == "cpu"]:
+                if isinstance(self._reader, DFloat11Folder):
+                    self._reader.fill(here, verify)
+                else:
+                    self._reader.fill(here)
+        for group in _groups(away):
+            buffers = [
+                torch.empty_like(part.destination, device="cpu", pin_memory=part.destination.is_cuda)
+                for part in group
+            ]
+            staged = [part._replace(destination=b) for part, b in zip(group, buffers, strict=True)]
+            self.read_parts(staged, verify=verify)
+            for part, buffer in zip(group, buffers, strict=True):
+                part.destination.copy_(buffer)
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         """One tensor, or the rows `start:stop` (dim 0) and columns (dim 1) of it."""
@@ -178,6 +194,20 @@ class Reader:
         out = torch.empty(sizes, dtype=dtype)
         self.read_parts([Part(name, out, tuple(ranges))])
         return out
+
+
+def _groups(parts: list[Part]) -> Iterator[list[Part]]:
+    """Parts in groups of at most STAGE bytes, or of one."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        if group and size + part.destination.nbytes > STAGE:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += part.destination.nbytes
+    if group:
+        yield group
 
 
 def open(path: str | Path) -> Reader:

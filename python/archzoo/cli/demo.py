@@ -280,11 +280,13 @@ def fill(cache: Cache, length: int, seed: int = 0) -> None:
     """Put random content for `length` tokens into an empty cache with room for them."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
     for state in cache.states:
         for name, value in vars(state).items():
             if isinstance(value, torch.Tensor):
-                value.normal_(0, 0.1, generator=generator)
+                if value.device not in generators:
+                    generators[value.device] = torch.Generator(value.device).manual_seed(seed)
+                value.normal_(0, 0.1, generator=generators[value.device])
             elif name == "length":
                 setattr(state, name, length)
     cache.timeline.append(length)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archzoo import _rust
 from archzoo.ops.backend import addressable, choose, native
+
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -36,10 +41,16 @@ def attention(
     if backend == "cpu" and width < q.shape[-1] and v.shape[:-1] == k.shape[:-1]:
         # torch's flash attention wants one width
         v = F.pad(v, (0, q.shape[-1] - width))
-    o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    with _kernels(q, k):
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     return o[..., :width]
+
+
+def _kernels(q: Tensor, k: Tensor) -> AbstractContextManager[None]:
+    """Decoding on a GPU goes without cuDNN, which plans anew (3 ms) for each number of keys."""
+    return sdpa_kernel(_UNPLANNED) if q.is_cuda and q.shape[2] < k.shape[2] else nullcontext()
 
 
 def _reference(
@@ -89,7 +100,10 @@ def _with_sinks(
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         mask = F.pad(mask, (1, 0), value=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=g != h)[..., :e]
+    with _kernels(q, k):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=g != h)[
+            ..., :e
+        ]
 
 
 def _decode(

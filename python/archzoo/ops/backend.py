@@ -82,6 +82,13 @@ def addressable(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def launchable(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel may be launched without torch's dispatcher, which takes longer than a small one."""
+    if not addressable(*tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
 def native(*tensors: torch.Tensor | None, strided: torch.Tensor | None = None) -> bool:
     """Whether Rust's kernels apply: CPU, fp32, no gradient, no compile; contiguous except `strided`."""
     if _forced != "auto" or not addressable(*tensors, strided):

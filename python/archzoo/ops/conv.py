@@ -14,7 +14,7 @@ from torch import Tensor
 
 from archzoo import _rust
 from archzoo.errors import InputError
-from archzoo.ops.backend import choose, native
+from archzoo.ops.backend import choose, launchable, native
 from archzoo.ops.norm import cast, wide
 
 
@@ -133,8 +133,7 @@ def _causal_conv1d_cpu(
 _MAX_TAPS = 4  # the kernels unroll K * K loads; longer convolutions take the definition
 
 
-@torch.library.custom_op("archzoo::causal_conv1d", mutates_args=())
-def _conv_op(
+def _conv_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor:
     from archzoo.kernels.ops import conv
@@ -158,11 +157,17 @@ def _conv_backward_op(
     return dx, dw, x.new_empty(0) if db is None else db, x.new_empty(0) if dstate is None else dstate
 
 
-@torch.library.custom_op("archzoo::causal_conv1d_step", mutates_args=("state",))
-def _conv_step_op(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def _conv_step_triton(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     from archzoo.kernels.ops import conv
 
     return conv.conv1d_step(x, state, weight, bias, silu)
+
+
+# The operators that torch records; `launchable` tells when none is needed.
+_conv_op = torch.library.custom_op("archzoo::causal_conv1d", _conv_triton, mutates_args=())
+_conv_step_op = torch.library.custom_op(
+    "archzoo::causal_conv1d_step", _conv_step_triton, mutates_args=("state",)
+)
 
 
 def _new(x: Tensor) -> Tensor:
@@ -237,7 +242,8 @@ def causal_conv1d(
     if backend == "cpu" and seq_idx is None:
         return _causal_conv1d_cpu(x, weight, bias, activation, state)
     if backend == "triton" and weight.shape[1] <= _MAX_TAPS:
-        y: Tensor = _conv_op(x, weight, bias, activation == "silu", state, seq_idx)
+        run = _conv_triton if launchable(x, weight, bias, state, seq_idx) else _conv_op
+        y: Tensor = run(x, weight, bias, activation == "silu", state, seq_idx)
         return y
     return causal_conv1d_reference(x, weight, bias, activation, state, seq_idx)
 
@@ -259,7 +265,8 @@ def causal_conv1d_step(
     `state` [B, K, C] is updated in place: rolled left, x appended. The rest is as in `causal_conv1d`.
     """
     if choose(x) == "triton" and state.is_contiguous():
-        y: Tensor = _conv_step_op(x, state, _weight(weight, activation), bias, activation == "silu")
+        run = _conv_step_triton if launchable(x, state, weight, bias) else _conv_step_op
+        y: Tensor = run(x, state, _weight(weight, activation), bias, activation == "silu")
         return y
     taps = _weight(weight, activation)
     (b, c), sizes = x.shape, (taps.shape[0], 0 if bias is None else bias.shape[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from archzoo import _rust
 from archzoo.errors import InputError
-from archzoo.ops.backend import choose, native, row_stride
+from archzoo.ops.backend import choose, launchable, native, row_stride
 
 
 def wide(x: Tensor) -> Tensor:
@@ -168,15 +168,13 @@ def _gated_rms_norm_cpu(
 _MAX_ROW = 8192  # channels that fit the registers of one program; longer rows take the definition
 
 
-@torch.library.custom_op("archzoo::rms_norm", mutates_args=())
-def _rms_norm_op(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+def _rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
     from archzoo.kernels.ops import norm
 
     return norm.rms_norm(x, None, weight, eps, scale)[0]
 
 
-@torch.library.custom_op("archzoo::add_rms_norm", mutates_args=())
-def _add_rms_norm_op(
+def _add_rms_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     from archzoo.kernels.ops import norm
@@ -194,13 +192,20 @@ def _rms_norm_backward_op(
     return dx, x.new_empty(0) if dw is None else dw
 
 
-@torch.library.custom_op("archzoo::gated_rms_norm", mutates_args=())
-def _gated_rms_norm_op(
+def _gated_rms_norm_triton(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
     from archzoo.kernels.ops import norm
 
     return norm.gated_rms_norm(y, gate, weight, eps, size, norm_before_gate)
+
+
+# The operators that torch records; `launchable` tells when none is needed.
+_rms_norm_op = torch.library.custom_op("archzoo::rms_norm", _rms_norm_triton, mutates_args=())
+_add_rms_norm_op = torch.library.custom_op("archzoo::add_rms_norm", _add_rms_norm_triton, mutates_args=())
+_gated_rms_norm_op = torch.library.custom_op(
+    "archzoo::gated_rms_norm", _gated_rms_norm_triton, mutates_args=()
+)
 
 
 @torch.library.custom_op("archzoo::gated_rms_norm_backward", mutates_args=())
@@ -295,7 +300,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, scale: 
     if backend == "cpu":
         return _rms_norm_cpu(x, weight, eps, scale)
     if backend == "triton" and x.shape[-1] <= _MAX_ROW:
-        y: Tensor = _rms_norm_op(x, weight, eps, scale)
+        run = _rms_norm_triton if launchable(x, weight) else _rms_norm_op
+        y: Tensor = run(x, weight, eps, scale)
         return y
     return rms_norm_reference(x, weight, eps, scale)
 
@@ -312,7 +318,8 @@ def add_rms_norm(
         summed = x + residual
         return _rms_norm_cpu(summed, weight, eps, scale), summed
     if backend == "triton" and x.shape[-1] <= _MAX_ROW and x.shape == residual.shape:
-        both: tuple[Tensor, Tensor] = _add_rms_norm_op(x, residual, weight, eps, scale)
+        add = _add_rms_norm_triton if launchable(x, residual, weight) else _add_rms_norm_op
+        both: tuple[Tensor, Tensor] = add(x, residual, weight, eps, scale)
         return both
     return add_rms_norm_reference(x, residual, weight, eps, scale)
 
@@ -336,6 +343,7 @@ def gated_rms_norm(
     if backend == "cpu":
         return _gated_rms_norm_cpu(y, gate, weight, eps, size, norm_before_gate)
     if backend == "triton" and size <= _MAX_ROW and y.shape == gate.shape:
-        out: Tensor = _gated_rms_norm_op(y, gate, weight, eps, size, norm_before_gate)
+        run = _gated_rms_norm_triton if launchable(y, gate, weight) else _gated_rms_norm_op
+        out: Tensor = run(y, gate, weight, eps, size, norm_before_gate)
         return out
     return gated_rms_norm_reference(y, gate, weight, eps, size, norm_before_gate)

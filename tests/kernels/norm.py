@@ -1,4 +1,4 @@
-"""RMSNorm kernels in the interpreter, called through the public ops; see tests/test_triton_interpret.py."""
+"""RMSNorm kernels through the public ops, interpreted or on a GPU; see tests/test_triton.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal convolution kernels in the interpreter, through the public ops; see test_triton_interpret.py."""
+"""Causal convolution kernels through the public ops, interpreted or on a GPU; see tests/test_triton.py."""
 
 from __future__ import annotations
 
