@@ -191,7 +191,7 @@ def peer_steps(model: nn.Module, ids: Tensor, count: int) -> Callable[[], None]:
 def models() -> list[Row]:
     """Prefill, decode and a training step of whole models in bfloat16."""
     rate, copied, rows, count = gemm_rate(), bandwidth(), [], 8
-    for name in ("llama-3.2-1b", "mamba2-130m"):
+    for name in ("llama-3.2-1b",):
         ours, peer = archzoo.build(name, device="cuda", dtype=DTYPE).eval(), peer_of(name)
         vocab, cost = ours.config.vocab_size, archzoo.cost(name, 2048)
         with torch.inference_mode():
@@ -206,8 +206,6 @@ def models() -> list[Row]:
                 times = {k: v / count for k, v in timed(runs, 7).items()}
                 floor = cost.active_params * DTYPE.itemsize / copied if batch == 1 else 0.0
                 rows.append(best(f"{name}, decode, batch {batch}", times, floor, "active weights read"))
-        if name == "mamba2-130m":  # transformers' takes more memory than there is
-            continue
         x = tokens(2, 2048, vocab)
 
         def train(model: nn.Module, x: Tensor = x) -> None:

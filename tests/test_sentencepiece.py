@@ -301,6 +301,12 @@ def test_gguf_of_a_sentencepiece_model(name: str, files: dict[str, Path], tmp_pa
     ):
         with pytest.raises(TokenizerError, match=message):
             Tokenizer.from_file(gguf(tmp_path / "other.gguf", {**values, **change}))
+    del values["tokenizer.ggml.bos_token_id"]
+    without = Tokenizer.from_file(gguf(tmp_path / "other.gguf", values))
+    assert without.encode("a").tolist() == theirs.encode("a").tolist()
+    values["tokenizer.ggml.add_bos_token"] = True
+    with pytest.raises(TokenizerError, match=r"no id tokenizer\.ggml\.bos_token_id"):
+        Tokenizer.from_file(gguf(tmp_path / "other.gguf", values))
 
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}

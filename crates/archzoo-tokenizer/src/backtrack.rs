@@ -68,7 +68,7 @@ impl Backtrack {
     /// Tables for `merges` (left, right, rank in rising order, with the ids that they give) over bytes.
     ///
     /// Also returns the merges that are ever made: the last one of each token's own bytes. None if too many tokens
-    /// are odd.
+    /// are odd, or too large for a [`Trie`].
     pub fn new(
         vocab: &Vocab,
         bytes: &[u32; 256],
@@ -78,7 +78,7 @@ impl Backtrack {
         let unknown = Token { left: 0, right: 0, rank: NONE, shorter: NONE };
         let mut made = Self {
             tokens: vec![unknown; vocab.len()],
-            trie: Trie::new(&[], |_, _| {}),
+            trie: Trie::new(&[], |_, _| {}).ok()?,
             unreached: Vec::new(),
             odd: None,
         };
@@ -139,7 +139,7 @@ impl Backtrack {
             }
         }
         let tokens = &mut made.tokens;
-        made.trie = Trie::new(&reached, |id, shorter| tokens[id as usize].shorter = shorter);
+        made.trie = Trie::new(&reached, |id, shorter| tokens[id as usize].shorter = shorter).ok()?;
         Some((made, kept))
     }
 
@@ -250,6 +250,7 @@ impl Backtrack {
         let all_there =
             tokens.iter().all(|&[left, right, _, shorter]| [left, right, shorter].map(is_there) == [true; 3]);
         let is_filter = [0, FILTER as usize / 64].contains(&unreached.len());
+        let all_there = all_there && trie.is_below(vocab.len());
         if !rest.is_empty() || !is_filter || tokens.len() != vocab.len() || !all_there {
             return None;
         }

@@ -76,9 +76,9 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache that grows to `most_slots`, a power of two.
+    /// An empty cache that grows to `most_slots`, a power of two and 128 at least.
     pub fn new(most_slots: usize) -> Self {
-        let pairs = vec![FREE; most_slots.min(1 << 13) / 2];
+        let pairs = vec![FREE; most_slots / 128];
         Self { pairs, used: 0, most_slots, beside: Vec::new() }
     }
 

@@ -148,12 +148,15 @@ impl<'a> Vocabulary<'a> {
         Ok((sentencepiece::File::of_pieces(pieces, prefix, strips)?.parts(made)?, true))
     }
 
-    /// The token at one end of a text, if there is to be one.
+    /// The token at one end of a text, if there is to be one; without an id the default is none.
     fn end(&self, name: &str, default: bool) -> Result<Vec<u32>> {
-        if !self.flag(&format!("add_{name}_token"), default) {
+        let (flag, key) = (format!("add_{name}_token"), format!("{name}_token_id"));
+        if !self.flag(&flag, default) {
             return Ok(Vec::new());
         }
-        let key = format!("{name}_token_id");
+        if self.get(&flag).is_none() && self.get(&key).is_none() {
+            return Ok(Vec::new());
+        }
         let id = self.number(&key).and_then(|id| u32::try_from(id).ok());
         id.map(|id| vec![id]).ok_or_else(|| Error::new(format!("no id tokenizer.ggml.{key}")))
     }

@@ -667,7 +667,7 @@ fn unigram(mut f: Fields, tokens: &[(Cow<str>, f64)]) -> Result<Model> {
         },
     };
     let fallback = f.flag("byte_fallback", false)?.then(|| byte_tokens(&vocab));
-    f.end(Model::Unigram(Unigram::new(vocab, scores, least, unknown, fallback, Score::Double)))
+    f.end(Model::Unigram(Unigram::new(vocab, scores, least, unknown, fallback, Score::Double)?))
 }
 
 /// Ids of `<0x00>` to `<0xFF>`.

@@ -19,6 +19,7 @@ mod metaspace;
 mod model;
 mod normalize;
 mod sentencepiece;
+mod shared_cache;
 mod split;
 mod tekken;
 mod tiktoken;

@@ -1,9 +1,11 @@
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use crate::bpe::{Bpe, Work};
 use crate::cache::{self, Cache, INLINE, Key};
 use crate::error::Result;
 use crate::long_cache::LongCache;
+use crate::shared_cache::SharedCache;
 use crate::split::{BATCH, Piece, Sink};
 use crate::unigram::Unigram;
 use crate::vocab::{self, Vocab};
@@ -49,17 +51,20 @@ const MOST_SHORT: usize = 1 << 19;
 
 /// What one thread keeps from call to call: pieces that it has seen, and buffers.
 pub struct Scratch {
+    shared: Arc<OnceLock<SharedCache>>,
     short: Cache,
     long: LongCache,
     work: Box<Work>,
     keys: Box<[(Key, u64); BATCH]>,
 }
 
-impl Default for Scratch {
-    fn default() -> Self {
+impl Scratch {
+    /// Empty, beside that of other threads which have the same `shared`.
+    pub fn new(shared: Arc<OnceLock<SharedCache>>) -> Self {
         Self {
+            shared,
             short: Cache::new(MOST_SHORT),
-            long: LongCache::default(),
+            long: LongCache::new(1),
             work: Box::default(),
             keys: Box::new([(Key::default(), 0); BATCH]),
         }
@@ -123,7 +128,9 @@ impl Encoder<'_> {
 impl Sink for Encoder<'_> {
     #[inline]
     fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
-        let Scratch { short, long, work, keys } = &mut *self.scratch;
+        let Scratch { shared, short, long, work, keys } = &mut *self.scratch;
+        // The tokenizer has one, each thread another.
+        let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
         for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter_mut()) {
             if end - start <= cache::LONGEST {
                 *key = cache::key(text, start, end - start);
@@ -145,7 +152,11 @@ impl Sink for Encoder<'_> {
             } else if let Some(ids) = long.get(&text[start..end], *hash) {
                 self.out.extend_from_slice(ids);
             } else {
-                self.model.encode(&text[start..end], work, self.out);
+                let mut encode = |out: &mut Vec<u32>| self.model.encode(&text[start..end], work, out);
+                match others {
+                    Some(others) => others.append(&text[start..end], *hash, self.out, encode),
+                    None => encode(self.out),
+                }
                 long.insert(&text[start..end], *hash, &self.out[before..]);
             }
         }

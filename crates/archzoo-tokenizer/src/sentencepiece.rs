@@ -454,7 +454,7 @@ impl File {
             _ => f64::from(piece.score),
         };
         let scores = self.pieces.iter().map(score).collect();
-        Ok(Unigram::new(vocab, scores, f64::from(least), Some(unknown), fallback, Score::Single))
+        Unigram::new(vocab, scores, f64::from(least), Some(unknown), fallback, Score::Single)
     }
 
     /// The parts of the file, with the model made of it or that given.
@@ -485,7 +485,7 @@ impl File {
         if !user_defined.is_empty() {
             let tokens: Vec<(&[u8], u32)> =
                 user_defined.iter().map(|t| (t.content.as_bytes(), t.id)).collect();
-            self.normalizer.user_defined = Some(Trie::new(&tokens, |_, _| {}));
+            self.normalizer.user_defined = Some(Trie::new(&tokens, |_, _| {})?);
         }
         // Unigram's scores see to it that these are found.
         let normalized = if self.is_bpe { Added::new(user_defined)? } else { Added::silent(user_defined) };

@@ -3,7 +3,7 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
@@ -14,6 +14,7 @@ use crate::metaspace::Metaspace;
 use crate::model::{Encoder, Model, Scratch};
 use crate::normalize::Normalizer;
 use crate::sentencepiece::PieceDecoder;
+use crate::shared_cache::SharedCache;
 use crate::split::{Sink, Splitter};
 use crate::{cache_file, gguf, json, sentencepiece, tekken, tiktoken};
 
@@ -24,6 +25,8 @@ pub struct Tokenizer {
     hash: blake3::Hash,
     /// Of threads that are not at work.
     idle: Mutex<Vec<Scratch>>,
+    /// What the threads have in common, once there are several.
+    shared: Arc<OnceLock<SharedCache>>,
 }
 
 /// What a file says a tokenizer is.
@@ -183,7 +186,7 @@ impl Tokenizer {
     }
 
     fn new(parts: Parts, hash: blake3::Hash) -> Self {
-        Self { parts, hash, idle: Mutex::default() }
+        Self { parts, hash, idle: Mutex::default(), shared: Arc::default() }
     }
 
     /// The same with control tokens, told by their content, around a text with special tokens.
@@ -289,7 +292,7 @@ impl Tokenizer {
 
     fn with_scratch<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut scratch = idle().pop().unwrap_or_default();
+        let mut scratch = idle().pop().unwrap_or_else(|| Scratch::new(self.shared.clone()));
         let result = work(&mut scratch);
         idle().push(scratch);
         result

@@ -3,19 +3,23 @@
 use rayon::prelude::*;
 
 use crate::cache_file::{Reader, Table, Writer};
+use crate::error::{Error, Result};
 
-/// A slot per node: its label (a byte, and a bit that says the slot is taken), the base of its children, and one
-/// more than its token's id. The child for a byte is at the base xor the byte; no two nodes share a base.
+/// A slot per node: its label (a byte, and a bit that says the slot is taken), whether it has a token, and the base of
+/// its children. The child for a byte is at the base xor the byte; no two nodes share a base.
 #[derive(Debug, Clone)]
 pub struct Trie {
-    slots: Vec<u64>,
+    slots: Vec<u32>,
+    /// Of slots that have a token. Only the last one's is looked at, so that they would be in the slots' way.
+    ids: Vec<u32>,
     root: u32,
 }
 
-const LABEL_BITS: u32 = 9;
-const TAKEN: u64 = 1 << 8;
-const BASE_BITS: u32 = 32;
-const TOKEN_SHIFT: u32 = LABEL_BITS + BASE_BITS;
+const LABEL: u32 = (1 << 9) - 1;
+const TAKEN: u32 = 1 << 8;
+const HAS_TOKEN: u32 = 1 << 9;
+const BASE_SHIFT: u32 = 10;
+const MOST_SLOTS: usize = 1 << (32 - BASE_SHIFT);
 /// Slots of a block: the children of a node are in one.
 const BLOCK: usize = 256;
 /// Blocks that are searched for room.
@@ -26,14 +30,19 @@ const FEW: usize = 24;
 impl Trie {
     /// A trie of tokens, no two alike and none empty, each with its id. Also calls `shorter` with each token that
     /// starts with others and the longest of those.
-    pub fn new(tokens: &[(&[u8], u32)], mut shorter: impl FnMut(u32, u32)) -> Self {
+    pub fn new(tokens: &[(&[u8], u32)], mut shorter: impl FnMut(u32, u32)) -> Result<Self> {
         let mut order: Vec<Entry> =
             tokens.iter().zip(0..).map(|((token, _), i)| Entry::new(token, i)).collect();
         let bytes = |entry: &Entry| tokens[entry.index as usize].0;
         order.par_sort_unstable_by(|a, b| a.start.cmp(&b.start).then_with(|| bytes(a).cmp(bytes(b))));
         // Block 0 stays empty: it has the children of leaves.
-        let mut builder =
-            Builder { slots: vec![0; BLOCK], blocks: vec![Room::FULL], open: Vec::new(), labels: Vec::new() };
+        let mut builder = Builder {
+            slots: vec![0; BLOCK],
+            ids: vec![0; BLOCK],
+            blocks: vec![Room::FULL],
+            open: Vec::new(),
+            labels: Vec::new(),
+        };
         let mut root = 0;
         let mut nodes = vec![Node { first: 0, last: order.len(), depth: 0, slot: None, above: None }];
         let mut children: Vec<(u8, usize, usize)> = Vec::new();
@@ -63,61 +72,82 @@ impl Trie {
                 start = end;
             }
             let base = if children.is_empty() { 0 } else { builder.place(&children) };
+            if builder.slots.len() > MOST_SLOTS {
+                return Err(Error::unsupported(format!("a vocabulary with more than {MOST_SLOTS} prefixes")));
+            }
             match slot {
                 Some(slot) => {
-                    let slot: &mut u64 = &mut builder.slots[slot];
-                    *slot |=
-                        (base as u64) << LABEL_BITS | token.map_or(0, |id| u64::from(id) + 1) << TOKEN_SHIFT;
+                    builder.slots[slot] |= (base as u32) << BASE_SHIFT;
+                    if let Some(id) = token {
+                        builder.slots[slot] |= HAS_TOKEN;
+                        builder.ids[slot] = id;
+                    }
                 }
                 None => root = base as u32,
             }
             for &(byte, first, last) in &children {
                 let slot = base ^ usize::from(byte);
-                builder.slots[slot] = TAKEN | u64::from(byte);
+                builder.slots[slot] = TAKEN | u32::from(byte);
                 nodes.push(Node { first, last, depth: depth + 1, slot: Some(slot), above });
             }
         }
-        Self { slots: builder.slots, root }
+        Ok(Self { slots: builder.slots, ids: builder.ids, root })
     }
 
     /// The longest token that `text` starts with, and its length; 0 for none.
     #[inline(always)]
     pub fn longest(&self, text: &[u8]) -> (u32, usize) {
-        let (mut token, mut length) = (0, 0);
-        self.prefixes(text, |id, end| (token, length) = (id, end));
-        (token, length)
+        let (mut slot, mut length) = (0, 0);
+        self.walk(text, |at, end| (slot, length) = (at, end));
+        (self.ids[slot], length)
     }
 
     /// Calls `take` with every token that `text` starts with and its length, the shortest first.
     #[inline(always)]
     pub fn prefixes(&self, text: &[u8], mut take: impl FnMut(u32, usize)) {
+        self.walk(text, |slot, length| take(self.ids[slot], length));
+    }
+
+    /// Whether all ids are below a number.
+    pub fn is_below(&self, count: usize) -> bool {
+        self.ids.iter().all(|&id| (id as usize) < count.max(1))
+    }
+
+    /// The slots and lengths of the tokens that `text` starts with.
+    #[inline(always)]
+    fn walk(&self, text: &[u8], mut take: impl FnMut(usize, usize)) {
         let mut base = self.root;
         for (i, &byte) in text.iter().enumerate() {
-            let slot = self.slots[(base ^ u32::from(byte)) as usize];
-            if slot & ((1 << LABEL_BITS) - 1) != TAKEN | u64::from(byte) {
+            let at = (base ^ u32::from(byte)) as usize;
+            let slot = self.slots[at];
+            if slot & LABEL != TAKEN | u32::from(byte) {
                 return;
             }
-            let id = (slot >> TOKEN_SHIFT) as u32;
-            if id > 0 {
-                take(id - 1, i + 1);
+            if slot & HAS_TOKEN != 0 {
+                take(at, i + 1);
             }
-            base = (slot >> LABEL_BITS) as u32;
+            base = slot >> BASE_SHIFT;
         }
     }
 }
 
 impl Table for Trie {
     fn write(&self, out: &mut Writer) {
-        out.longs(&self.slots);
+        out.words(&self.slots);
+        out.words(&self.ids);
         out.words(&[self.root]);
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
-        let slots = from.longs()?;
+        let (slots, ids) = (from.words()?, from.words()?);
         let [root] = from.words()?[..] else { return None };
         let last = |base: u32| base as usize | (BLOCK - 1);
-        let all_there = slots.iter().all(|&slot| last((slot >> LABEL_BITS) as u32) < slots.len());
-        (all_there && last(root) < slots.len()).then_some(Self { slots, root })
+        let all_there = slots.iter().all(|&slot| last(slot >> BASE_SHIFT) < slots.len());
+        (all_there && last(root) < slots.len() && ids.len() == slots.len()).then_some(Self {
+            slots,
+            ids,
+            root,
+        })
     }
 }
 
@@ -223,7 +253,8 @@ fn permuted(bits: [u64; 4], label: u8) -> [u64; 4] {
 }
 
 struct Builder {
-    slots: Vec<u64>,
+    slots: Vec<u32>,
+    ids: Vec<u32>,
     blocks: Vec<Room>,
     /// Blocks with room.
     open: Vec<usize>,
@@ -242,6 +273,7 @@ impl Builder {
             let block = self.blocks.len();
             self.blocks.push(Room::EMPTY);
             self.slots.resize(self.slots.len() + BLOCK, 0);
+            self.ids.resize(self.slots.len(), 0);
             if self.open.len() == OPEN {
                 self.open.remove(0);
             }
@@ -262,6 +294,7 @@ impl Builder {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -279,7 +312,7 @@ mod tests {
                 listed.iter().filter(|(t, _)| t.len() < below && text.starts_with(t)).max_by_key(|(t, _)| t.len())
             };
             let mut shorter = vec![None; listed.len()];
-            let trie = Trie::new(&listed, |id, other| shorter[id as usize] = Some(other));
+            let trie = Trie::new(&listed, |id, other| shorter[id as usize] = Some(other)).unwrap();
             for start in 0..text.len() {
                 let expected = search(&text[start..], usize::MAX).map_or((0, 0), |(t, id)| (*id, t.len()));
                 prop_assert_eq!(trie.longest(&text[start..]), expected);

@@ -1,4 +1,5 @@
 use crate::bpe::MISSING;
+use crate::error::Result;
 use crate::trie::Trie;
 use crate::vocab::Vocab;
 
@@ -52,15 +53,15 @@ impl Unigram {
         unknown: Option<u32>,
         fallback: Option<Box<[u32; 256]>>,
         precision: Score,
-    ) -> Self {
+    ) -> Result<Self> {
         let ids = 0..vocab.len() as u32;
         let tokens: Vec<(&[u8], u32)> = ids
             .filter_map(|id| Some((vocab.bytes(id)?, id)))
             .filter(|(t, id)| vocab.get(t) == Some(*id))
             .collect();
-        let trie = Trie::new(&tokens, |_, _| {});
+        let trie = Trie::new(&tokens, |_, _| {})?;
         let unknown_score = rounded(least - UNKNOWN_PENALTY, precision);
-        Self { vocab, trie, scores, unknown_score, unknown, fallback, precision }
+        Ok(Self { vocab, trie, scores, unknown_score, unknown, fallback, precision })
     }
 
     /// Appends the ids of a piece to `out`.
