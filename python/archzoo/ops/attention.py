@@ -33,7 +33,8 @@ def attention(
     backend = choose(q)
     if backend == "reference":
         return _reference(q, k, v, scale, mask, causal, sinks)
-    if q.shape[2] == 1 and backend == "cpu":
+    # What flash attention does not take, torch would do with a copy of the keys for each query head.
+    if q.shape[2] == 1 and (backend == "cpu" or v.shape[-1] != q.shape[-1] or q.shape[-1] > 256):
         return _decode(q, k, v, scale, mask, sinks)
     if sinks is not None:
         return _with_sinks(q, k, v, scale, mask, causal, sinks)
