@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from harness import Row, hf_step, report  # isort: skip
+import harness
 import torch
+from models import llama_peer
+from moe import EXPERTS, TOP_K, layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import archzoo
-from archzoo.blocks.ffns.moe import MoE, MoEConfig
-from archzoo.blocks.registry import Site
-from archzoo.checkpoint.families import families
 from archzoo.ops import conv, norm
 
 DTYPE = torch.bfloat16
@@ -43,9 +43,7 @@ def timed(
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             block.zero_()
             if flush:
-                torch.cuda._sleep(
-                    4_000_000
-                )  # about 2 ms, in which the kernels are launched: only they are timed
+                torch.cuda._sleep(4_000_000)  # 2 ms, in which the kernels are launched: only they are timed
             start.record()
             runs[name]()
             end.record()
@@ -68,11 +66,7 @@ def gemm_rate() -> float:
     return 2 * 8192**3 / timed({"gemm": lambda: a @ b})["gemm"]
 
 
-def best(case: str, times: dict[str, float], floor: float, floor_name: str, goal: float = 1.0) -> Row:
-    """Ours beside the fastest of the others, in microseconds."""
-    peer = min((name for name in times if name != "ours"), key=times.__getitem__)
-    ours, theirs = times["ours"], times[peer]
-    return Row(case, "us", ours * 1e6, theirs * 1e6, peer, theirs / ours, goal, floor / ours, floor_name)
+best = partial(harness.best, unit="us")
 
 
 def randn(*shape: int, grad: bool = False) -> Tensor:
@@ -153,16 +147,6 @@ def kernels() -> list[Row]:
     return [*rows, best("convolution, a step of 256 sequences", times, floor, "copy bandwidth")]
 
 
-def peer_of(name: str) -> nn.Module:
-    """transformers' model of a config of the zoo, random weights, on the GPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    cfg = archzoo.config(name)
-    hf = families()[cfg.family].write(cfg)["config.json"]
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf), dtype=DTYPE).eval()
-
-
 def tokens(batch: int, length: int, vocab: int) -> Tensor:
     return torch.randint(0, vocab, (batch, length), device="cuda")
 
@@ -191,33 +175,32 @@ def peer_steps(model: nn.Module, ids: Tensor, count: int) -> Callable[[], None]:
 def models() -> list[Row]:
     """Prefill, decode and a training step of whole models in bfloat16."""
     rate, copied, rows, count = gemm_rate(), bandwidth(), [], 8
-    for name in ("llama-3.2-1b",):
-        ours, peer = archzoo.build(name, device="cuda", dtype=DTYPE).eval(), peer_of(name)
-        vocab, cost = ours.config.vocab_size, archzoo.cost(name, 2048)
-        with torch.inference_mode():
-            x = tokens(4, 2048, vocab)
-            head = 2 * ours.head_weight.numel() * (2048 - 1)
-            times = timed({"ours": partial(ours, x), "transformers": partial(peer, x)}, 7)
-            floor = 4 * (cost.prefill_flops + head) / rate
-            rows.append(best(f"{name}, prefill 4 x 2048", times, floor, "GEMM rate"))
-            for batch in (1, 32):
-                x = tokens(batch, 512, vocab)
-                runs = {"ours": steps(ours, x, count), "transformers": peer_steps(peer, x, count)}
-                times = {k: v / count for k, v in timed(runs, 7).items()}
-                floor = cost.active_params * DTYPE.itemsize / copied if batch == 1 else 0.0
-                rows.append(best(f"{name}, decode, batch {batch}", times, floor, "active weights read"))
-        x = tokens(2, 2048, vocab)
+    name = "llama-3.2-1b"
+    ours = archzoo.build(name, device="cuda", dtype=DTYPE).eval()
+    with torch.device("cuda"):
+        peer = llama_peer(name, DTYPE)
+    vocab, cost = ours.config.vocab_size, archzoo.cost(name, 2048)
+    with torch.inference_mode():
+        x = tokens(4, 2048, vocab)
+        head = 2 * ours.head_weight.numel() * (2048 - 1)
+        times = timed({"ours": partial(ours, x), "transformers": partial(peer, x)}, 7)
+        floor = 4 * (cost.prefill_flops + head) / rate
+        rows.append(best(f"{name}, prefill 4 x 2048", times, floor, "GEMM rate"))
+        for batch in (1, 32):
+            x = tokens(batch, 512, vocab)
+            runs = {"ours": steps(ours, x, count), "transformers": peer_steps(peer, x, count)}
+            times = {k: v / count for k, v in timed(runs, 7).items()}
+            floor = cost.active_params * DTYPE.itemsize / copied if batch == 1 else 0.0
+            rows.append(best(f"{name}, decode, batch {batch}", times, floor, "active weights read"))
+    x = tokens(2, 2048, vocab)
 
-        def train(model: nn.Module, x: Tensor = x) -> None:
-            model(x, labels=x).loss.backward()
-            model.zero_grad(set_to_none=True)
+    def train(model: nn.Module, x: Tensor = x) -> None:
+        model(x, labels=x).loss.backward()
+        model.zero_grad(set_to_none=True)
 
-        runs = {"ours": partial(train, ours.train()), "transformers": partial(train, peer.train())}
-        floor = 6 * cost.active_params * x.numel() / rate
-        rows.append(best(f"{name}, forward + backward 2 x 2048", timed(runs, 5), floor, "GEMM rate"))
-        del ours, peer, runs
-        gc.collect()
-        torch.cuda.empty_cache()
+    runs = {"ours": partial(train, ours.train()), "transformers": partial(train, peer.train())}
+    floor = 6 * cost.active_params * x.numel() / rate
+    rows.append(best(f"{name}, forward + backward 2 x 2048", timed(runs, 5), floor, "GEMM rate"))
     return rows
 
 
@@ -249,34 +232,15 @@ def hybrid() -> list[Row]:
 
 def moe() -> list[Row]:
     """A layer of 64 experts, top 6, against transformers' backends."""
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
     rate, copied, rows = gemm_rate(), bandwidth(), []
-    hidden, width, experts, top_k = 2048, 1024, 64, 6
-    modules: dict[str, nn.Module] = {}
-    with torch.device("cuda"):
-        config = MoEConfig(experts=experts, top_k=top_k, hidden=width, renormalize=True)
-        modules["ours"] = MoE(config, Site(0, 1, hidden, 1e-6))
-        for backend in ("grouped_mm", "eager"):
-            hf = Qwen3MoeConfig(
-                hidden_size=hidden,
-                num_experts=experts,
-                num_experts_per_tok=top_k,
-                moe_intermediate_size=width,
-                norm_topk_prob=True,
-            )
-            hf._experts_implementation = backend
-            modules[backend] = Qwen3MoeSparseMoeBlock(hf)
-    for module in modules.values():
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, 0.0, 0.02)
-        module.to(DTYPE)
+    hidden, width = 2048, 1024
     expert = 3 * hidden * width
     for count in (1, 64, 1024, 16384):
         x = randn(1, count, hidden)
-        read = min(count * top_k, experts) * expert * DTYPE.itemsize / copied
-        flops = 2 * count * top_k * expert / rate
+        with torch.device("cuda"):
+            modules = layers(DTYPE, count, hidden, width)
+        read = min(count * TOP_K, EXPERTS) * expert * DTYPE.itemsize / copied
+        flops = 2 * count * TOP_K * expert / rate
         what = "weights read" if read > flops else "GEMM rate"
         with torch.inference_mode():
             times = timed({name: partial(m, x) for name, m in modules.items()})
@@ -286,7 +250,7 @@ def moe() -> list[Row]:
             module.zero_grad(set_to_none=True)
             module(x).float().square().mean().backward()
 
-        kept = {name: partial(step, m) for name, m in modules.items() if name != "eager"}
+        kept = {name: partial(step, m) for name, m in modules.items() if name in ("ours", "grouped_mm")}
         floor = 3 * max(read, flops)
         rows.append(best(f"64 experts, top 6, {count} tokens, both", timed(kept), floor, what))
     return rows

@@ -26,7 +26,7 @@ PROMPT = 256
 STEPS = 16
 
 
-def llama_peer(name: str) -> nn.Module:
+def llama_peer(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' model of a dense config of the zoo, random weights."""
     from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,7 @@ def llama_peer(name: str) -> nn.Module:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(hf.pop("model_type"), **hf)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def ids(batch: int, length: int, vocab: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-from harness import Row, gemm_rate, hf_step, interleaved, read_bandwidth, report  # isort: skip
+from harness import Row, best, gemm_rate, hf_step, interleaved, read_bandwidth, report  # isort: skip
 import torch
 from torch import nn
 
@@ -26,21 +26,21 @@ BACKENDS = ("grouped_mm", "eager", "batched_mm")
 MOST_COPIED = 16  # batched_mm copies an expert for every assignment
 
 
-def layers(dtype: torch.dtype, tokens: int) -> dict[str, nn.Module]:
+def layers(dtype: torch.dtype, tokens: int, hidden: int = HIDDEN, width: int = WIDTH) -> dict[str, nn.Module]:
     """Our layer and transformers' by backend, with random weights."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    config = MoEConfig(experts=EXPERTS, top_k=TOP_K, hidden=WIDTH, renormalize=True)
-    found: dict[str, nn.Module] = {"ours": MoE(config, Site(0, 1, HIDDEN, 1e-6))}
+    config = MoEConfig(experts=EXPERTS, top_k=TOP_K, hidden=width, renormalize=True)
+    found: dict[str, nn.Module] = {"ours": MoE(config, Site(0, 1, hidden, 1e-6))}
     for backend in BACKENDS:
         if backend == "batched_mm" and tokens > MOST_COPIED:
             continue
         hf = Qwen3MoeConfig(
-            hidden_size=HIDDEN,
+            hidden_size=hidden,
             num_experts=EXPERTS,
             num_experts_per_tok=TOP_K,
-            moe_intermediate_size=WIDTH,
+            moe_intermediate_size=width,
             norm_topk_prob=True,
         )
         hf._experts_implementation = backend
@@ -50,13 +50,6 @@ def layers(dtype: torch.dtype, tokens: int) -> dict[str, nn.Module]:
             nn.init.normal_(param, 0.0, 0.02)
         module.to(dtype)
     return found
-
-
-def row(case: str, times: dict[str, float], goal: float, floor: float, floor_name: str) -> Row:
-    """Times in seconds, ours and the best of the others."""
-    peer = min((name for name in times if name != "ours"), key=times.__getitem__)
-    ours, theirs = times["ours"], times[peer]
-    return Row(case, "ms", ours * 1e3, theirs * 1e3, peer, theirs / ours, goal, floor / ours, floor_name)
 
 
 def layer() -> list[Row]:
@@ -74,7 +67,7 @@ def layer() -> list[Row]:
             flops = 2 * tokens * TOP_K * expert / rate
             name = f"{str(dtype).removeprefix('torch.')}, {tokens} tokens"
             what = "weights read" if read > flops else "fp32 GEMM rate"
-            rows.append(row(f"forward, {name}", times, 1.2, max(read, flops), what))
+            rows.append(best(f"forward, {name}", times, max(read, flops), what, 1.2))
 
             def step(module: nn.Module, x: torch.Tensor = x) -> None:
                 module.zero_grad(set_to_none=True)
@@ -83,7 +76,7 @@ def layer() -> list[Row]:
             # eager makes a gradient of all experts for every expert
             kept = {n: m for n, m in modules.items() if n in ("ours", "grouped_mm")}
             times = interleaved({n: partial(step, m) for n, m in kept.items()}, min(rounds, 5))
-            rows.append(row(f"forward + backward, {name}", times, 1.2, 3 * max(read, flops), what))
+            rows.append(best(f"forward + backward, {name}", times, 3 * max(read, flops), what, 1.2))
             del modules, kept
             gc.collect()
     return rows
@@ -122,13 +115,15 @@ def model() -> list[Row]:
             goal = 1.3 if dtype == torch.float32 else 3.0 if slow_bfloat16 else 1.5
             head = 2 * ours.head_weight.numel() * 255  # cost counts the last token's logits only
             floor = (archzoo.cost(config, 256).prefill_flops + head) / rate
-            rows.append(row(f"prefill 256 tokens, {name}", times, goal, floor, "fp32 GEMM rate"))
+            rows.append(best(f"prefill 256 tokens, {name}", times, floor, "fp32 GEMM rate", goal))
             for batch, goal in ((1, 2.5), (8, 1.5)):
                 start = ids[:batch]
                 runs = {"ours": decode(ours, start), "transformers": peer_decode(peer, start)}
                 times = {k: v / STEPS for k, v in interleaved(runs, 7).items()}
                 active = archzoo.cost(config, 256, dtype=name).active_params * dtype.itemsize / bandwidth
-                rows.append(row(f"decode, batch {batch}, {name}", times, goal, active, "active weights read"))
+                rows.append(
+                    best(f"decode, batch {batch}, {name}", times, active, "active weights read", goal)
+                )
         del ours, peer
         gc.collect()
     return rows

@@ -247,10 +247,11 @@ impl Backtrack {
         let unreached = from.longs()?;
         let odd = from.words()?;
         let is_there = |id: u32| id == NONE || (id as usize) < vocab.len();
-        let all_there =
-            tokens.iter().all(|&[left, right, _, shorter]| [left, right, shorter].map(is_there) == [true; 3]);
+        let all_there = trie.is_below(vocab.len())
+            && tokens
+                .iter()
+                .all(|&[left, right, _, shorter]| [left, right, shorter].map(is_there) == [true; 3]);
         let is_filter = [0, FILTER as usize / 64].contains(&unreached.len());
-        let all_there = all_there && trie.is_below(vocab.len());
         if !rest.is_empty() || !is_filter || tokens.len() != vocab.len() || !all_there {
             return None;
         }

@@ -76,9 +76,9 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache that grows to `most_slots`, a power of two and 128 at least.
+    /// An empty cache that grows to `most_slots`, a power of two.
     pub fn new(most_slots: usize) -> Self {
-        let pairs = vec![FREE; most_slots / 128];
+        let pairs = vec![FREE; most_slots.min(1 << 13) / 2];
         Self { pairs, used: 0, most_slots, beside: Vec::new() }
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from archzoo.checkpoint.families import families
 from archzoo.checkpoint.keymap import Family, Region
 from archzoo.checkpoint.quantized import Format, stored_as
-from archzoo.checkpoint.shards import CASTS, STAGE, Contents, Part, Reader, write_contents
+from archzoo.checkpoint.shards import CASTS, STAGE, Contents, Part, Reader, stages, write_contents
 from archzoo.configuration import ModelConfig
 from archzoo.data.gguf import GgufFile
 from archzoo.errors import ArchzooError, CheckpointError, ConfigError
@@ -199,7 +199,7 @@ def read_regions(
         else:
             direct += parts
     reader.read_parts(direct, verify=verify)
-    for batch in _batches(reader, staged):
+    for batch in stages(_pieces(reader, staged), lambda piece: piece[0].view.nbytes):
         _read_batch(reader, batch, verify)
 
 
@@ -219,22 +219,13 @@ def _direct(reader: Reader, region: Region) -> list[Part] | None:
     return [Part(name, row[None], ((i, i + 1), *rest)) for i, row in zip(rows, view, strict=True)]
 
 
-def _batches(
+def _pieces(
     reader: Reader, regions: list[tuple[Region, Format | None]]
-) -> Iterator[list[tuple[Region, Format | None]]]:
-    """Regions, or rows of them, in groups of at most STAGE bytes; what cannot be cut may be larger."""
-    batch: list[tuple[Region, Format | None]] = []
-    size = 0
+) -> Iterator[tuple[Region, Format | None]]:
+    """Regions, or rows of them; what cannot be cut may be larger than STAGE."""
     for region, form in regions:
         for piece in [region] if form else _rows(region, reader.info(region.name)[0].itemsize):
-            count = piece.view.numel() * piece.view.itemsize
-            if batch and size + count > STAGE:
-                yield batch
-                batch, size = [], 0
-            batch.append((piece, form))
-            size += count
-    if batch:
-        yield batch
+            yield piece, form
 
 
 def _rows(region: Region, itemsize: int) -> Iterator[Region]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+T = TypeVar("T")
 STAGE = 1 << 25  # bytes read at once on their way to other memory
 CASTS = {torch.float32, torch.bfloat16, torch.float16}  # cast into each other while they are read
 
@@ -170,7 +171,7 @@ class Reader:
                     self._reader.fill(here, verify)
                 else:
                     self._reader.fill(here)
-        for group in _groups(away):
+        for group in stages(away, lambda part: part.destination.nbytes):
             buffers = [
                 torch.empty_like(part.destination, device="cpu", pin_memory=part.destination.is_cuda)
                 for part in group
@@ -196,16 +197,17 @@ class Reader:
         return out
 
 
-def _groups(parts: list[Part]) -> Iterator[list[Part]]:
-    """Parts in groups of at most STAGE bytes, or of one."""
-    group: list[Part] = []
+def stages(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in groups of at most STAGE bytes, or of one."""
+    group: list[T] = []
     size = 0
-    for part in parts:
-        if group and size + part.destination.nbytes > STAGE:
+    for item in items:
+        count = nbytes(item)
+        if group and size + count > STAGE:
             yield group
             group, size = [], 0
-        group.append(part)
-        size += part.destination.nbytes
+        group.append(item)
+        size += count
     if group:
         yield group
 

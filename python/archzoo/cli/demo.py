@@ -280,13 +280,11 @@ def fill(cache: Cache, length: int, seed: int = 0) -> None:
     """Put random content for `length` tokens into an empty cache with room for them."""
     import torch
 
-    generators: dict[torch.device, torch.Generator] = {}
+    generator = torch.Generator(cache.timeline.device).manual_seed(seed)
     for state in cache.states:
         for name, value in vars(state).items():
             if isinstance(value, torch.Tensor):
-                if value.device not in generators:
-                    generators[value.device] = torch.Generator(value.device).manual_seed(seed)
-                value.normal_(0, 0.1, generator=generators[value.device])
+                value.normal_(0, 0.1, generator=generator)
             elif name == "length":
                 setattr(state, name, length)
     cache.timeline.append(length)
