@@ -1,7 +1,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
-use aho_corasick::{AhoCorasick, MatchKind};
+use aho_corasick::{AhoCorasick, Anchored, Input, Match, MatchKind, Span, StartKind, packed};
 
 use crate::classes::is_word;
 use crate::error::{Error, Result};
@@ -47,7 +47,54 @@ pub enum Section {
 pub struct Added {
     tokens: Vec<AddedToken>,
     by_id: HashMap<u32, usize>,
-    finder: Option<AhoCorasick>,
+    finder: Option<Finder>,
+}
+
+/// Finds patterns: the leftmost, of those the longest, and again behind it.
+#[derive(Debug, Clone)]
+struct Finder {
+    /// Of what the patterns start with; none where the processor has no fast search for several words.
+    starts: Option<packed::Searcher>,
+    patterns: AhoCorasick,
+}
+
+impl Finder {
+    /// Bytes of a pattern that are searched for first.
+    const START: usize = 3;
+
+    fn new(patterns: &[String]) -> Result<Self> {
+        let shortest = patterns.iter().map(String::len).min().unwrap_or(0);
+        let starts: BTreeSet<&[u8]> =
+            patterns.iter().map(|p| &p.as_bytes()[..shortest.min(Self::START)]).collect();
+        let patterns = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .start_kind(StartKind::Both)
+            .build(patterns)
+            .map_err(|e| Error::new(format!("added tokens: {e}")))?;
+        Ok(Self { starts: packed::Searcher::new(starts), patterns })
+    }
+
+    fn find_all(&self, text: &str) -> impl Iterator<Item = Match> {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let found = self.find(text, from)?;
+            from = found.end();
+            Some(found)
+        })
+    }
+
+    fn find(&self, text: &str, mut from: usize) -> Option<Match> {
+        let rest = |from| Input::new(text).range(from..);
+        let Some(starts) = &self.starts else { return self.patterns.find(rest(from)) };
+        loop {
+            let start = starts.find_in(text, Span::from(from..text.len()))?.start();
+            let found = self.patterns.find(rest(start).anchored(Anchored::Yes));
+            if found.is_some() {
+                return found;
+            }
+            from = start + 1;
+        }
+    }
 }
 
 impl Added {
@@ -59,15 +106,7 @@ impl Added {
 
     /// Searches a pattern for each of `tokens`.
     pub fn searched(tokens: Vec<AddedToken>, patterns: &[String]) -> Result<Self> {
-        let finder = if tokens.is_empty() {
-            None
-        } else {
-            let finder = AhoCorasick::builder()
-                .match_kind(MatchKind::LeftmostLongest)
-                .build(patterns)
-                .map_err(|e| Error::new(format!("added tokens: {e}")))?;
-            Some(finder)
-        };
+        let finder = if tokens.is_empty() { None } else { Some(Finder::new(patterns)?) };
         let by_id = tokens.iter().zip(0..).map(|(token, i)| (token.id, i)).collect();
         Ok(Self { tokens, by_id, finder })
     }
@@ -97,7 +136,7 @@ impl Added {
     ) -> Result<()> {
         let mut done = 0;
         if let Some(finder) = &self.finder {
-            for found in finder.find_iter(text) {
+            for found in finder.find_all(text) {
                 let token = &self.tokens[found.pattern().as_usize()];
                 let (mut start, mut end) = (found.start(), found.end());
                 if token.special

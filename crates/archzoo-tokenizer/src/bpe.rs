@@ -1,7 +1,8 @@
-use crate::backtrack::Backtrack;
 use crate::cache_file::{Reader, Table, Writer};
+use crate::chars::Chars;
 use crate::error::Result;
 use crate::merges::{List, Merge, Merges};
+use crate::reached::Reached;
 use crate::vocab::Vocab;
 
 /// A symbol that the vocabulary lacks.
@@ -24,7 +25,6 @@ pub enum Symbols {
 pub struct Work {
     symbols: Vec<u32>,
     list: List,
-    dead: Vec<u64>,
 }
 
 /// Byte-pair encoding.
@@ -33,7 +33,9 @@ pub struct Bpe {
     /// The tokens.
     pub vocab: Vocab,
     merges: Merges,
-    backtrack: Option<Backtrack>,
+    reached: Option<Reached>,
+    chars: Option<Chars>,
+
     /// What is merged.
     symbols: Symbols,
     /// A piece that is a token is that token, whatever its merges give.
@@ -45,33 +47,31 @@ pub struct Bpe {
 }
 
 impl Bpe {
-    /// A model of tokens and merges (left, right, rank in rising order, with the id that each rank gives).
-    pub fn new(vocab: Vocab, symbols: Symbols, merges: &[Merge], products: Vec<u32>) -> Result<Self> {
-        let mut table = Merges::new(merges, products.clone())?;
-        let mut backtrack = None;
+    /// A model of tokens and merges, the latter in the order of their ranks.
+    pub fn new(vocab: Vocab, symbols: Symbols, merges: &[Merge]) -> Result<Self> {
+        let mut table = Merges::new(merges)?;
+        let mut reached = None;
         if let Symbols::Bytes(bytes) = &symbols
-            && let Some((made, kept)) = Backtrack::new(&vocab, bytes, merges, &table)
+            && let Some((made, kept)) = Reached::new(&vocab, bytes, merges, &table)
         {
             // The others are never made, and a smaller table is a faster one.
-            table = Merges::new(&kept, products)?;
-            backtrack = Some(made);
+            if kept.len() < merges.len() {
+                table = Merges::new(&kept)?;
+            }
+            reached = Some(made);
         }
+        let chars =
+            if let Symbols::Bytes(bytes) = &symbols { Chars::new(&table, &vocab, bytes) } else { None };
         Ok(Self {
             vocab,
             merges: table,
-            backtrack,
+            reached,
+            chars,
             symbols,
             ignore_merges: false,
             unknown: None,
             fuse_unknown: false,
         })
-    }
-
-    /// The same, where pairs (left, right, product) of tied ranks each have their own product.
-    #[must_use]
-    pub fn with_ties(mut self, ties: Vec<(u32, u32, u32)>) -> Self {
-        self.merges = self.merges.with_ties(ties);
-        self
     }
 
     /// Whether text can be cut before every run of `mark`: it is a token, and no token has it after anything else.
@@ -95,14 +95,15 @@ impl Bpe {
     /// Appends the ids of a piece to `out`.
     pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
         if self.ignore_merges
-            && self.backtrack.as_ref().is_none_or(|b| b.may_be_unreached(piece))
+            && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
             && let Some(id) = self.vocab.get(piece)
         {
             out.push(id);
             return;
         }
-        if let Some(backtrack) = &self.backtrack
-            && backtrack.encode(piece, &self.vocab, &self.merges, &mut work.dead, out)
+        if let Some(reached) = &self.reached
+            && is_long_run(piece)
+            && reached.encode_run(piece, &self.merges, out)
         {
             return;
         }
@@ -114,7 +115,10 @@ impl Bpe {
         symbols.clear();
         match &self.symbols {
             Symbols::Bytes(ids) => {
-                symbols.extend(piece.iter().map(|&byte| ids[usize::from(byte)]));
+                match &self.chars {
+                    Some(chars) => chars.symbols(piece, ids, symbols),
+                    None => symbols.extend(piece.iter().map(|&byte| ids[usize::from(byte)])),
+                }
                 if symbols.contains(&MISSING) {
                     self.replace_missing(symbols);
                 }
@@ -155,6 +159,10 @@ impl Bpe {
     }
 }
 
+fn is_long_run(piece: &[u8]) -> bool {
+    piece.len() > 64 && piece.windows(2).all(|pair| pair[0] == pair[1])
+}
+
 impl Table for Bpe {
     fn write(&self, out: &mut Writer) {
         self.vocab.write(out);
@@ -164,23 +172,27 @@ impl Table for Bpe {
             Symbols::Chars { fallback } => (true, fallback.as_ref()),
         };
         out.words(bytes.map_or(&[], |bytes| &bytes[..]));
-        let flags = [is_chars, self.ignore_merges, self.fuse_unknown, self.backtrack.is_some()];
+        let flags = [is_chars, self.ignore_merges, self.fuse_unknown, self.reached.is_some()];
         out.bytes(&flags.map(u8::from));
         out.words(&[self.unknown.unwrap_or(MISSING)]);
-        if let Some(backtrack) = &self.backtrack {
-            backtrack.write(out);
+        if let Some(reached) = &self.reached {
+            reached.write(out);
         }
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
         let (vocab, merges, bytes) = (Vocab::read(from)?, Merges::read(from)?, from.words()?);
-        let [is_chars, ignore_merges, fuse_unknown, has_backtrack] =
+        let is_there = |&id: &u32| id == MISSING || (id as usize) < vocab.len();
+        if !merges.is_below(vocab.len()) || !bytes.iter().all(is_there) {
+            return None;
+        }
+        let [is_chars, ignore_merges, fuse_unknown, has_reached] =
             from.bytes()?.iter().map(|&b| b != 0).collect::<Vec<_>>()[..]
         else {
             return None;
         };
         let [unknown] = from.words()?[..] else { return None };
-        let backtrack = if has_backtrack { Some(Backtrack::read(from, &vocab)?) } else { None };
+        let reached = if has_reached { Some(Reached::read(from, &vocab)?) } else { None };
         let table = || <[u32; 256]>::try_from(bytes.as_slice()).ok().map(Box::new);
         let symbols = match (is_chars, bytes.is_empty()) {
             (false, _) => Symbols::Bytes(table()?),
@@ -188,7 +200,9 @@ impl Table for Bpe {
             (true, false) => Symbols::Chars { fallback: Some(table()?) },
         };
         let unknown = (unknown != MISSING).then_some(unknown);
-        Some(Self { vocab, merges, backtrack, symbols, ignore_merges, unknown, fuse_unknown })
+        let chars =
+            if let Symbols::Bytes(bytes) = &symbols { Chars::new(&merges, &vocab, bytes) } else { None };
+        Some(Self { vocab, merges, reached, chars, symbols, ignore_merges, unknown, fuse_unknown })
     }
 }
 

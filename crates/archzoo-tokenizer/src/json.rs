@@ -553,6 +553,9 @@ fn model(file: ModelFile, byte_level: bool) -> Result<Model> {
     }
 }
 
+/// Merges that are read together.
+const MERGES: usize = 4096;
+
 fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level: bool) -> Result<Model> {
     for name in ["continuing_subword_prefix", "end_of_word_suffix"] {
         match f.take(name) {
@@ -594,33 +597,47 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
     for (span, id, found) in &spans {
         is_found[*id as usize] = *found && !span.is_empty();
     }
-    let ids = |last: &mut u32, (rank, merge): (usize, &Merge)| {
-        let wrong = |what: &str| {
-            let shown = merge.parts().map_or_else(String::new, |(left, right)| format!("{left:?} {right:?}"));
-            Error::new(format!("merge {rank} ({shown}) {what}"))
+    let parsed = |(part, merges): (usize, &[Merge])| {
+        let wrong = |i: usize, what: &str| {
+            let shown =
+                merges[i].parts().map_or_else(String::new, |(left, right)| format!("{left:?} {right:?}"));
+            Error::new(format!("merge {} ({shown}) {what}", part * MERGES + i))
         };
-        let (left, right) = merge.parts().ok_or_else(|| wrong("is not two tokens"))?;
-        let mut token = Vec::with_capacity(left.len() + right.len());
-        let mut append = |text: &str| {
-            if !byte_level {
-                token.extend_from_slice(text.as_bytes());
-            } else if !byte_level::decode(text, &mut token) {
-                return Err(wrong("has a character that stands for no byte"));
+        // All tokens of the part, and where each merge's two end.
+        let (mut text, mut ends) = (Vec::new(), Vec::with_capacity(2 * merges.len()));
+        for (i, merge) in merges.iter().enumerate() {
+            let (left, right) = merge.parts().ok_or_else(|| wrong(i, "is not two tokens"))?;
+            for token in [left, right] {
+                if !byte_level {
+                    text.extend_from_slice(token.as_bytes());
+                } else if !byte_level::decode(token, &mut text) {
+                    return Err(wrong(i, "has a character that stands for no byte"));
+                }
+                ends.push(text.len());
             }
-            Ok(token.len())
-        };
-        let cut = append(left)?;
-        append(right)?;
-        let lacks = || wrong("has a token that the vocabulary lacks");
-        let id = |token: &[u8]| vocab.get(token).ok_or_else(lacks);
-        // Merges are mostly in the order of what they give: no search for that.
-        let is_it = |&id: &u32| is_found.get(id as usize) == Some(&true) && vocab.bytes(id) == Some(&token);
-        let product = [*last, *last + 1].into_iter().find(is_it).map_or_else(|| id(&token), Ok)?;
-        *last = product;
-        Ok(((id(&token[..cut])?, id(&token[cut..])?, rank as u32), product))
+        }
+        let mut start = 0;
+        let starts = ends.iter().map(|&end| std::mem::replace(&mut start, end));
+        let tokens: Vec<&[u8]> = starts.zip(&ends).map(|(start, &end)| &text[start..end]).collect();
+        let mut merged = Vec::with_capacity(merges.len());
+        let (mut start, mut last) = (0, 0);
+        for (i, (ids, ends)) in vocab.get_all(&tokens).chunks(2).zip(ends.chunks(2)).enumerate() {
+            let token = &text[start..ends[1]];
+            start = ends[1];
+            // Merges are mostly in the order of what they give: no search for that.
+            let is_it =
+                |&id: &u32| is_found.get(id as usize) == Some(&true) && vocab.bytes(id) == Some(token);
+            let product = [last, last + 1].into_iter().find(is_it).or_else(|| vocab.get(token));
+            let (Some(left), Some(right), Some(product)) = (ids[0], ids[1], product) else {
+                return Err(wrong(i, "has a token that the vocabulary lacks"));
+            };
+            last = product;
+            merged.push(crate::merges::Merge { left, right, rank: (part * MERGES + i) as u32, product });
+        }
+        Ok(merged)
     };
-    let merges = merges.par_iter().enumerate().map_init(|| 0, ids).collect::<Result<Vec<_>>>()?;
-    let (left_right, products): (Vec<_>, Vec<_>) = merges.into_iter().unzip();
+    let parts = merges.par_chunks(MERGES).enumerate().map(parsed).collect::<Result<Vec<_>>>()?;
+    let merges = parts.concat();
     let symbols = if byte_level {
         let mut ids = Box::new([MISSING; 256]);
         for byte in 0..=255u8 {
@@ -638,7 +655,7 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
             Some(found.ok_or_else(|| Error::new(format!("the vocabulary lacks the unk_token {token:?}")))?)
         }
     };
-    let mut model = Bpe::new(vocab, symbols, &left_right, products)?;
+    let mut model = Bpe::new(vocab, symbols, &merges)?;
     (model.ignore_merges, model.unknown, model.fuse_unknown) = (ignore_merges, unknown, fuse_unknown);
     Ok(Model::Bpe(model))
 }

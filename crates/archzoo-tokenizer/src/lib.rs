@@ -1,11 +1,12 @@
 //! Text to token ids and back: exact, linear on any input, without a regex on the hot path.
 
 mod added;
-mod backtrack;
+
 mod bpe;
 mod byte_level;
 mod cache;
 mod cache_file;
+mod chars;
 mod charsmap;
 mod chat;
 mod classes;
@@ -18,6 +19,7 @@ mod merges;
 mod metaspace;
 mod model;
 mod normalize;
+mod reached;
 mod sentencepiece;
 mod shared_cache;
 mod split;

@@ -7,14 +7,13 @@
 
 use archzoo_simd::{InstructionSet, multiversion};
 
+use crate::cache::prefetch;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 use crate::vocab::MOST_IDS;
 
 /// No rank: the pair does not merge.
 pub const NONE: u32 = u32::MAX;
-/// In place of a rank's product: each of its pairs has its own.
-pub const TIED: u32 = u32::MAX;
 const ID_BITS: u32 = 21;
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
@@ -24,100 +23,115 @@ const POSITION_BITS: u32 = 11;
 /// Symbols that are merged without a heap, at most.
 const MOST_LINEAR: usize = 1 << POSITION_BITS;
 
-/// Two tokens that merge, and the rank of that.
-pub type Merge = (u32, u32, u32);
+/// Two tokens that merge to a third.
+#[derive(Debug, Clone, Copy)]
+pub struct Merge {
+    /// The first.
+    pub left: u32,
+    /// The second.
+    pub right: u32,
+    /// The lowest is merged first, and of equal ones the leftmost.
+    pub rank: u32,
+    /// What they merge to.
+    pub product: u32,
+}
 
 /// Merges by pair.
 #[derive(Debug, Clone)]
 pub struct Merges {
-    /// Left id, right id, rank; a power of two of slots, at most half full.
+    /// Left id, right id, rank, then a word for the product; a power of two of such slots, at most half full.
     slots: Vec<u64>,
     /// A bit for each hash of [`FILTER_BITS`] that some pair has: it tells most pairs without a merge, and stays in
     /// a nearer cache than the slots.
     filter: Vec<u64>,
-    /// The id that a rank gives.
-    products: Vec<u32>,
-    /// Pairs of the ranks that give several, in order, and what each gives.
-    tied: Vec<(u64, u32)>,
 }
 
+/// A pair, its rank, and its product.
+type Slot = [u64; 2];
+
 const FILTER_BITS: u32 = 20;
+const MOST_RANKS: u32 = 1 << RANK_BITS;
 
 impl Merges {
-    /// Merges, of which a later one for the same pair counts, and the id that each rank gives.
-    pub fn new(merges: &[Merge], products: Vec<u32>) -> Result<Self> {
-        if products.len() >= 1 << RANK_BITS {
-            return Err(Error::unsupported(format!("more than {} merges", (1 << RANK_BITS) - 1)));
+    /// Merges, of which a later one for the same pair counts.
+    pub fn new(merges: &[Merge]) -> Result<Self> {
+        if merges.iter().any(|merge| merge.rank >= MOST_RANKS - 1) {
+            return Err(Error::unsupported(format!("more than {} merges", MOST_RANKS - 1)));
         }
         let size = (2 * merges.len() + 2).next_power_of_two();
-        let filter = vec![0; (1 << FILTER_BITS) / 64];
-        let mut table = Self { slots: vec![EMPTY; size], filter, products, tied: Vec::new() };
-        for &(left, right, rank) in merges {
-            debug_assert!(left.max(right) < MOST_IDS as u32 && (rank as usize) < table.products.len());
-            let key = pair(left, right);
+        let mut slots: Vec<Slot> = vec![[EMPTY, 0]; size];
+        let mut filter = vec![0; (1 << FILTER_BITS) / 64];
+        for (i, merge) in merges.iter().enumerate() {
+            if let Some(later) = merges.get(i + 16) {
+                prefetch(&slots[home(hash(pair(later.left, later.right)), size)]);
+            }
+            debug_assert!(merge.left.max(merge.right).max(merge.product) < MOST_IDS as u32);
+            let key = pair(merge.left, merge.right);
             let hash = hash(key);
-            table.filter[(hash >> (70 - FILTER_BITS)) as usize] |= 1 << (hash >> (64 - FILTER_BITS) & 63);
-            let mut at = table.home(hash);
-            while table.slots[at] != EMPTY && table.slots[at] >> RANK_BITS != key {
+            filter[(hash >> (70 - FILTER_BITS)) as usize] |= 1 << (hash >> (64 - FILTER_BITS) & 63);
+            let mut at = home(hash, size);
+            while slots[at][0] != EMPTY && slots[at][0] >> RANK_BITS != key {
                 at = (at + 1) & (size - 1);
             }
-            table.slots[at] = key << RANK_BITS | u64::from(rank);
+            slots[at] = [key << RANK_BITS | u64::from(merge.rank), u64::from(merge.product)];
         }
-        Ok(table)
+        Ok(Self { slots: slots.into_flattened(), filter })
     }
 
     #[inline(always)]
-    fn home(&self, hash: u64) -> usize {
-        (hash >> 32) as usize & (self.slots.len() - 1)
+    fn slots(&self) -> &[Slot] {
+        self.slots.as_chunks().0
+    }
+
+    /// Starts to load the slot of a pair.
+    #[inline(always)]
+    pub fn prefetch(&self, left: u32, right: u32) {
+        let slots = self.slots();
+        prefetch(&slots[home(hash(pair(left, right)), slots.len())]);
+    }
+
+    /// Rank and product of a pair; [`NONE`] for both if it does not merge.
+    #[inline(always)]
+    pub fn get(&self, left: u32, right: u32) -> (u32, u32) {
+        let key = pair(left, right);
+        let hash = hash(key);
+        if self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63) & 1 == 0 {
+            return (NONE, NONE);
+        }
+        let slots = self.slots();
+        let mut at = home(hash, slots.len());
+        loop {
+            let [slot, product] = slots[at];
+            if slot >> RANK_BITS == key {
+                return (slot as u32 & (MOST_RANKS - 1), product as u32);
+            }
+            if slot == EMPTY {
+                return (NONE, NONE);
+            }
+            at = (at + 1) & (slots.len() - 1);
+        }
     }
 
     /// Rank of a pair.
     #[inline(always)]
     pub fn rank(&self, left: u32, right: u32) -> u32 {
-        let key = pair(left, right);
-        let hash = hash(key);
-        if self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63) & 1 == 0 {
-            return NONE;
-        }
-        let mut at = self.home(hash);
-        loop {
-            let slot = self.slots[at];
-            if slot >> RANK_BITS == key {
-                return slot as u32 & ((1 << RANK_BITS) - 1);
-            }
-            if slot == EMPTY {
-                return NONE;
-            }
-            at = (at + 1) & (self.slots.len() - 1);
-        }
+        self.get(left, right).0
     }
 
-    /// The same, where pairs (left, right, product) of the ranks whose product is [`TIED`] each have their own.
-    #[must_use]
-    pub fn with_ties(mut self, ties: impl IntoIterator<Item = (u32, u32, u32)>) -> Self {
-        self.tied = ties.into_iter().map(|(left, right, product)| (pair(left, right), product)).collect();
-        self.tied.sort_unstable();
-        self
+    /// All merges, in no order.
+    pub fn each(&self) -> impl Iterator<Item = Merge> {
+        let id = |slot: u64, shift: u32| (slot >> shift) as u32 & (MOST_IDS as u32 - 1);
+        self.slots().iter().filter(|slot| slot[0] != EMPTY).map(move |&[slot, product]| Merge {
+            left: id(slot, ID_BITS + RANK_BITS),
+            right: id(slot, RANK_BITS),
+            rank: slot as u32 & (MOST_RANKS - 1),
+            product: product as u32,
+        })
     }
 
-    /// The id that a rank gives.
-    pub fn product(&self, rank: u32) -> u32 {
-        self.products[rank as usize]
-    }
-
-    /// The id that a pair of this rank gives.
-    #[inline(always)]
-    fn merged(&self, rank: u32, left: u32, right: u32) -> u32 {
-        match self.products[rank as usize] {
-            TIED => self.merged_tied(pair(left, right)),
-            product => product,
-        }
-    }
-
-    #[cold]
-    fn merged_tied(&self, pair: u64) -> u32 {
-        let found = self.tied.binary_search_by_key(&pair, |&(pair, _)| pair);
-        found.map_or(TIED, |at| self.tied[at].1)
+    /// Whether all ids are below a number.
+    pub fn is_below(&self, count: usize) -> bool {
+        self.each().all(|merge| (merge.left.max(merge.right).max(merge.product) as usize) < count)
     }
 
     /// Appends to `out` what `symbols` merge to.
@@ -191,10 +205,14 @@ impl Merges {
             let i = at as usize;
             let next = after[i] as usize;
             // A pair that has changed since it was pushed is stale.
-            if ids[i] == DEAD || next >= n || self.rank(ids[i], ids[next]) != rank {
+            if ids[i] == DEAD || next >= n {
                 continue;
             }
-            ids[i] = self.merged(rank, ids[i], ids[next]);
+            let (now, product) = self.get(ids[i], ids[next]);
+            if now != rank {
+                continue;
+            }
+            ids[i] = product;
             ids[next] = DEAD;
             after[i] = after[next];
             let following = after[next] as usize;
@@ -225,24 +243,13 @@ impl Table for Merges {
     fn write(&self, out: &mut Writer) {
         out.longs(&self.slots);
         out.longs(&self.filter);
-        out.words(&self.products);
-        out.longs(&self.tied.iter().map(|&(pair, _)| pair).collect::<Vec<_>>());
-        out.words(&self.tied.iter().map(|&(_, product)| product).collect::<Vec<_>>());
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
-        let (slots, filter, products) = (from.longs()?, from.longs()?, from.words()?);
-        let (pairs, tied) = (from.longs()?, from.words()?);
-        let is_table = slots.len().is_power_of_two() && slots.contains(&EMPTY);
-        let rank = |slot: u64| slot as usize & ((1 << RANK_BITS) - 1);
-        let all_there = slots.iter().all(|&slot| slot == EMPTY || rank(slot) < products.len());
-        let is_tied = pairs.len() == tied.len() && pairs.is_sorted();
-        (is_table && all_there && is_tied && filter.len() == (1 << FILTER_BITS) / 64).then_some(Self {
-            slots,
-            filter,
-            products,
-            tied: pairs.into_iter().zip(tied).collect(),
-        })
+        let made = Self { slots: from.longs()?, filter: from.longs()? };
+        let slots = made.slots();
+        let is_table = slots.len().is_power_of_two() && slots.iter().any(|slot| slot[0] == EMPTY);
+        (is_table && made.filter.len() == (1 << FILTER_BITS) / 64).then_some(made)
     }
 }
 
@@ -291,6 +298,8 @@ pub struct List {
     /// Rank of each symbol with the next one, and below it its position: the least key is the leftmost pair of
     /// the lowest rank.
     keys: [u32; MOST_LINEAR],
+    /// What each symbol and the next one merge to.
+    products: [u32; MOST_LINEAR],
     before: [u16; MOST_LINEAR],
     after: [u16; MOST_LINEAR],
     len: usize,
@@ -301,6 +310,7 @@ impl Default for List {
         Self {
             ids: [0; MOST_LINEAR],
             keys: [NONE; MOST_LINEAR],
+            products: [NONE; MOST_LINEAR],
             before: [0; MOST_LINEAR],
             after: [0; MOST_LINEAR],
             len: 0,
@@ -318,16 +328,27 @@ impl List {
     fn fill(&mut self, merges: &Merges, symbols: &[u32]) {
         self.len = symbols.len().min(MOST_LINEAR);
         self.keys[..self.len.next_multiple_of(LANES)].fill(NONE);
+        // All at once, for the same reason as in `merge`.
+        symbols.windows(2).for_each(|pair| merges.prefetch(pair[0], pair[1]));
         let mut last = 0;
         for (i, &id) in symbols.iter().enumerate().take(MOST_LINEAR) {
             self.ids[i] = id;
             self.before[i] = (i as u16).wrapping_sub(1);
             self.after[i] = i as u16 + 1;
             if i > 0 {
-                self.keys[i - 1] = key(merges.rank(last, id), i - 1);
+                self.pair(merges, i - 1, last, id);
             }
             last = id;
         }
+    }
+
+    /// Looks up the symbol at a place and the next one. Returns their key.
+    #[inline(always)]
+    fn pair(&mut self, merges: &Merges, at: usize, left: u32, right: u32) -> u32 {
+        let (rank, product) = merges.get(left, right);
+        let key = if rank == NONE { NONE } else { rank << POSITION_BITS | at as u32 };
+        (self.keys[at], self.products[at]) = (key, product);
+        key
     }
 
     #[inline(always)]
@@ -347,21 +368,23 @@ impl List {
         let at = least as usize & MASK;
         let next = usize::from(self.after[at]) & MASK;
         let following = usize::from(self.after[next]);
-        let id = merges.merged(least >> POSITION_BITS, self.ids[at], self.ids[next]);
+        let id = self.products[at];
         self.ids[at] = id;
         self.keys[next] = NONE;
         self.after[at] = following as u16;
+        let previous = usize::from(self.before[at]) & MASK;
+        // Both at once: a look at a pair ends in a branch that is often foreseen wrongly.
+        merges.prefetch(self.ids[previous], id);
         let (mut right, mut left, mut after) = (NONE, NONE, NONE);
         if following < self.len {
             self.before[following & MASK] = at as u16;
-            right = key(merges.rank(id, self.ids[following & MASK]), at);
             after = self.keys[following & MASK];
+            right = self.pair(merges, at, id, self.ids[following & MASK]);
+        } else {
+            self.keys[at] = NONE;
         }
-        self.keys[at] = right;
         if at > 0 {
-            let previous = usize::from(self.before[at]) & MASK;
-            left = key(merges.rank(self.ids[previous], id), previous);
-            self.keys[previous] = left;
+            left = self.pair(merges, previous, self.ids[previous], id);
         }
         let is_same = after >> POSITION_BITS == least >> POSITION_BITS;
         (is_same && after < right.min(left)).then_some(after)
@@ -395,13 +418,13 @@ multiversion! {
 }
 
 #[inline(always)]
-fn key(rank: u32, position: usize) -> u32 {
-    if rank == NONE { NONE } else { rank << POSITION_BITS | position as u32 }
+fn hash(key: u64) -> u64 {
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[inline(always)]
-fn hash(key: u64) -> u64 {
-    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+fn home(hash: u64, size: usize) -> usize {
+    (hash >> 32) as usize & (size - 1)
 }
 
 #[inline(always)]
@@ -422,7 +445,7 @@ mod tests {
             let ranks = ids.windows(2).enumerate().map(|(i, p)| (merges.rank(p[0], p[1]), i));
             match ranks.min() {
                 Some((rank, i)) if rank != NONE => {
-                    ids[i] = merges.merged(rank, ids[i], ids[i + 1]);
+                    ids[i] = merges.get(ids[i], ids[i + 1]).1;
                     ids.remove(i + 1);
                 }
                 _ => return ids,
@@ -442,14 +465,13 @@ mod tests {
                 (a % known, b % known, i)
             })
             .collect();
-        if ties == 1 {
-            return Merges::new(&merges, (symbols..symbols + n).collect()).unwrap();
-        }
         let mut seen = std::collections::HashSet::new();
-        merges.retain(|&(a, b, _)| seen.insert((a, b)));
-        let ranked: Vec<_> = merges.iter().map(|&(a, b, i)| (a, b, i / ties)).collect();
-        let products = vec![TIED; (n / ties + 1) as usize];
-        Merges::new(&ranked, products).unwrap().with_ties(merges.iter().map(|&(a, b, i)| (a, b, symbols + i)))
+        merges.retain(|&(a, b, _)| ties == 1 || seen.insert((a, b)));
+        let list: Vec<_> = merges
+            .iter()
+            .map(|&(left, right, i)| Merge { left, right, rank: i / ties, product: symbols + i })
+            .collect();
+        Merges::new(&list).unwrap()
     }
 
     proptest! {

@@ -10,7 +10,7 @@ use crate::bpe::{Bpe, MISSING, Symbols};
 use crate::charsmap::Charsmap;
 use crate::decode::{Decoder, fallback_byte};
 use crate::error::{Error, Result};
-use crate::merges::TIED;
+use crate::merges::Merge;
 use crate::model::Model;
 use crate::normalize::Normalizer;
 use crate::split::Splitter;
@@ -420,25 +420,20 @@ impl File {
         };
         let mut order: Vec<u32> = (0..self.pieces.len() as u32).filter(is_merged).collect();
         order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
-        let (mut merges, mut products, mut ties) = (Vec::new(), Vec::new(), Vec::new());
+        let mut merges = Vec::new();
         // Equal scores are one rank, so that the leftmost of such pairs is first.
-        for same in order.chunk_by(|&a, &b| score(a) == score(b)) {
-            let rank = products.len() as u32;
-            products.push(if let [only] = same { *only } else { TIED });
+        for (same, rank) in order.chunk_by(|&a, &b| score(a) == score(b)).zip(0..) {
             for &id in same {
                 let text = self.pieces[id as usize].text.as_str();
                 for (cut, _) in text.char_indices().skip(1) {
                     let (left, right) = text.as_bytes().split_at(cut);
                     if let (Some(left), Some(right)) = (vocab.get(left), vocab.get(right)) {
-                        merges.push((left, right, rank));
-                        if same.len() > 1 {
-                            ties.push((left, right, id));
-                        }
+                        merges.push(Merge { left, right, rank, product: id });
                     }
                 }
             }
         }
-        let mut bpe = Bpe::new(vocab, Symbols::Chars { fallback }, &merges, products)?.with_ties(ties);
+        let mut bpe = Bpe::new(vocab, Symbols::Chars { fallback }, &merges)?;
         (bpe.unknown, bpe.fuse_unknown) = (Some(unknown), true);
         Ok(bpe)
     }
@@ -485,7 +480,7 @@ impl File {
         if !user_defined.is_empty() {
             let tokens: Vec<(&[u8], u32)> =
                 user_defined.iter().map(|t| (t.content.as_bytes(), t.id)).collect();
-            self.normalizer.user_defined = Some(Trie::new(&tokens, |_, _| {})?);
+            self.normalizer.user_defined = Some(Trie::new(&tokens)?);
         }
         // Unigram's scores see to it that these are found.
         let normalized = if self.is_bpe { Added::new(user_defined)? } else { Added::silent(user_defined) };

@@ -45,8 +45,8 @@ pub(crate) fn model(tokens: &[(Vec<u8>, u32)]) -> Result<Bpe> {
             .get(&[byte])
             .ok_or_else(|| Error::unsupported(format!("a rank file without the byte {byte:#04x}")))?;
     }
-    let (merges, products) = (merges(&vocab), (0..vocab.len() as u32).collect());
-    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges, products)?;
+    let merges = merges(&vocab);
+    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges)?;
     model.ignore_merges = true;
     Ok(model)
 }
@@ -120,7 +120,7 @@ fn merges(vocab: &Vocab) -> Vec<Merge> {
         let token = vocab.bytes(id).unwrap_or_default();
         for cut in 1..token.len() {
             if let (Some(left), Some(right)) = (vocab.get(&token[..cut]), vocab.get(&token[cut..])) {
-                merges.push((left, right, id));
+                merges.push(Merge { left, right, rank: id, product: id });
             }
         }
     }

@@ -2,7 +2,6 @@
 
 use rayon::prelude::*;
 
-use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 
 /// A slot per node: its label (a byte, and a bit that says the slot is taken), whether it has a token, and the base of
@@ -28,9 +27,8 @@ const OPEN: usize = 4;
 const FEW: usize = 24;
 
 impl Trie {
-    /// A trie of tokens, no two alike and none empty, each with its id. Also calls `shorter` with each token that
-    /// starts with others and the longest of those.
-    pub fn new(tokens: &[(&[u8], u32)], mut shorter: impl FnMut(u32, u32)) -> Result<Self> {
+    /// A trie of tokens, no two alike and none empty, each with its id.
+    pub fn new(tokens: &[(&[u8], u32)]) -> Result<Self> {
         let mut order: Vec<Entry> =
             tokens.iter().zip(0..).map(|((token, _), i)| Entry::new(token, i)).collect();
         let bytes = |entry: &Entry| tokens[entry.index as usize].0;
@@ -44,17 +42,12 @@ impl Trie {
             labels: Vec::new(),
         };
         let mut root = 0;
-        let mut nodes = vec![Node { first: 0, last: order.len(), depth: 0, slot: None, above: None }];
+        let mut nodes = vec![Node { first: 0, last: order.len(), depth: 0, slot: None }];
         let mut children: Vec<(u8, usize, usize)> = Vec::new();
-        while let Some(Node { first, last, depth, slot, above }) = nodes.pop() {
-            let (mut start, mut above) = (first, above);
-            let mut token = None;
+        while let Some(Node { first, last, depth, slot }) = nodes.pop() {
+            let (mut start, mut token) = (first, None);
             if first < last && order[first].length as usize == depth {
-                let id = tokens[order[first].index as usize].1;
-                if let Some(above) = above {
-                    shorter(id, above);
-                }
-                (token, above) = (Some(id), Some(id));
+                token = Some(tokens[order[first].index as usize].1);
                 start += 1;
             }
             children.clear();
@@ -88,7 +81,7 @@ impl Trie {
             for &(byte, first, last) in &children {
                 let slot = base ^ usize::from(byte);
                 builder.slots[slot] = TAKEN | u32::from(byte);
-                nodes.push(Node { first, last, depth: depth + 1, slot: Some(slot), above });
+                nodes.push(Node { first, last, depth: depth + 1, slot: Some(slot) });
             }
         }
         Ok(Self { slots: builder.slots, ids: builder.ids, root })
@@ -106,11 +99,6 @@ impl Trie {
     #[inline(always)]
     pub fn prefixes(&self, text: &[u8], mut take: impl FnMut(u32, usize)) {
         self.walk(text, |slot, length| take(self.ids[slot], length));
-    }
-
-    /// Whether all ids are below a number.
-    pub fn is_below(&self, count: usize) -> bool {
-        self.ids.iter().all(|&id| (id as usize) < count.max(1))
     }
 
     /// The slots and lengths of the tokens that `text` starts with.
@@ -131,26 +119,6 @@ impl Trie {
     }
 }
 
-impl Table for Trie {
-    fn write(&self, out: &mut Writer) {
-        out.words(&self.slots);
-        out.words(&self.ids);
-        out.words(&[self.root]);
-    }
-
-    fn read(from: &mut Reader) -> Option<Self> {
-        let (slots, ids) = (from.words()?, from.words()?);
-        let [root] = from.words()?[..] else { return None };
-        let last = |base: u32| base as usize | (BLOCK - 1);
-        let all_there = slots.iter().all(|&slot| last(slot >> BASE_SHIFT) < slots.len());
-        (all_there && last(root) < slots.len() && ids.len() == slots.len()).then_some(Self {
-            slots,
-            ids,
-            root,
-        })
-    }
-}
-
 struct Node {
     /// Its tokens, in order.
     first: usize,
@@ -158,8 +126,6 @@ struct Node {
     depth: usize,
     /// None for the root.
     slot: Option<usize>,
-    /// The longest token above it.
-    above: Option<u32>,
 }
 
 /// A token to be sorted.
@@ -311,8 +277,7 @@ mod tests {
             let search = |text: &[u8], below: usize| {
                 listed.iter().filter(|(t, _)| t.len() < below && text.starts_with(t)).max_by_key(|(t, _)| t.len())
             };
-            let mut shorter = vec![None; listed.len()];
-            let trie = Trie::new(&listed, |id, other| shorter[id as usize] = Some(other)).unwrap();
+            let trie = Trie::new(&listed).unwrap();
             for start in 0..text.len() {
                 let expected = search(&text[start..], usize::MAX).map_or((0, 0), |(t, id)| (*id, t.len()));
                 prop_assert_eq!(trie.longest(&text[start..]), expected);
@@ -324,7 +289,6 @@ mod tests {
             }
             for (token, id) in &listed {
                 prop_assert_eq!(trie.longest(token), (*id, token.len()));
-                prop_assert_eq!(shorter[*id as usize], search(token, token.len()).map(|&(_, id)| id));
             }
         }
     }

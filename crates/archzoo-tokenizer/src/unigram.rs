@@ -59,7 +59,7 @@ impl Unigram {
             .filter_map(|id| Some((vocab.bytes(id)?, id)))
             .filter(|(t, id)| vocab.get(t) == Some(*id))
             .collect();
-        let trie = Trie::new(&tokens, |_, _| {})?;
+        let trie = Trie::new(&tokens)?;
         let unknown_score = rounded(least - UNKNOWN_PENALTY, precision);
         Ok(Self { vocab, trie, scores, unknown_score, unknown, fallback, precision })
     }

@@ -1,7 +1,8 @@
+use crate::cache::prefetch;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 
-/// Largest number of ids: three of them and a rank share one word in the table of merges.
+/// Largest number of ids: two of them and a rank share one word in the table of merges.
 pub const MOST_IDS: usize = 1 << 21;
 
 /// Tokens by id, and ids by token.
@@ -77,10 +78,15 @@ impl Vocab {
         }
     }
 
+    #[inline(always)]
+    fn home(&self, hash: u64) -> usize {
+        hash as usize & (self.slots.len() - 1)
+    }
+
     /// The id of a token, or the free slot for it.
     #[inline]
     fn find(&self, token: &[u8]) -> std::result::Result<u32, usize> {
-        let mut at = hash(token) as usize & (self.slots.len() - 1);
+        let mut at = self.home(hash(token));
         loop {
             match self.slots[at] {
                 FREE => return Err(at),
@@ -118,6 +124,22 @@ impl Vocab {
             return None;
         }
         self.find(token).ok()
+    }
+
+    /// Ids of many tokens. What each needs is loaded side by side, one step after the other.
+    pub fn get_all(&self, tokens: &[&[u8]]) -> Vec<Option<u32>> {
+        let mut ids = Vec::with_capacity(tokens.len());
+        for tokens in tokens.chunks(32) {
+            let first = |token: &&[u8]| &self.slots[self.home(hash(token))];
+            let likely = || tokens.iter().map(first).filter(|id| **id != FREE);
+            tokens.iter().for_each(|token| prefetch(first(token)));
+            likely().for_each(|&id| prefetch(&self.ends[id as usize]));
+            likely().for_each(|&id| {
+                bytes_of(&self.bytes, &self.ends, id).first().into_iter().for_each(prefetch);
+            });
+            ids.extend(tokens.iter().map(|token| self.get(token)));
+        }
+        ids
     }
 }
 

@@ -1,24 +1,25 @@
-//! Byte-pair encoding without merging: the longest token that fits to the one before it, else the next shorter one,
-//! else back to the token before.
+//! The tokens that merging gives, how it gives them, and runs: one byte over and over.
 //!
 //! A sequence of tokens is what merging gives if and only if merging gives back each token from its own bytes and
-//! each two neighbours from theirs (`merges` says why). There is one such sequence for a text and for each of its
+//! each two neighbours from theirs (`merges` says why). Whether two neighbours stay apart is seen by undoing their
+//! merges, the last one first: at no time may the symbols at the border be a pair that merges before either of them is
+//! merged within its own token.
+//!
+//! So a run needs no merging, of which its long tokens take much: the longest token that fits to the one before it,
+//! else the next shorter one, else back to the token before. There is one such sequence for a run and for each of its
 //! prefixes, so that a position from which no token fits need not be tried again: time is linear.
 //!
-//! Whether two neighbours stay apart is seen by undoing their merges, the last one first: at no time may the
-//! symbols at the border be a pair that merges before either of them is merged within its own token.
-//!
 //! That holds where a token's parts are made by merges of lower ranks than its own. The few tokens for which this
-//! is not so (Llama 3 has some) are `odd`: a text that has the bytes of one is merged.
+//! is not so (Llama 3 has some) are odd: a run that has the bytes of one is merged.
 
 use std::collections::BTreeSet;
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 
 use crate::bpe::MISSING;
-use crate::cache_file::{Reader, Table, Writer};
+use crate::cache::prefetch;
+use crate::cache_file::{Reader, Writer};
 use crate::merges::{List, Merge, Merges, NONE};
-use crate::trie::Trie;
 use crate::vocab::{Vocab, hash};
 
 /// How a token is made from its bytes.
@@ -29,74 +30,59 @@ struct Token {
     right: u32,
     /// One more than that merge's rank; 0 for a token of one byte, [`NONE`] for one that merging never gives.
     rank: u32,
-    /// The longest token that this one starts with.
-    shorter: u32,
 }
 
-/// What encoding by the longest tokens needs.
+/// A token of a run: its length and its id.
+type RunToken = (u32, u32);
+
+/// The tokens that merging gives.
 #[derive(Debug, Clone)]
-pub struct Backtrack {
+pub struct Reached {
     tokens: Vec<Token>,
-    /// Of tokens that merging gives.
-    trie: Trie,
-    /// A bit for each hash, modulo [`FILTER`], of a token that is not in the trie; empty if all are.
+    /// Those of each byte's runs, the shortest first; none where one is odd.
+    runs: Vec<Vec<RunToken>>,
+    /// A bit for each hash, modulo [`FILTER`], of a token that merging does not give; empty if there is none.
     unreached: Vec<u64>,
-    odd: Option<Odd>,
-}
-
-/// Tokens whose bytes must be merged.
-#[derive(Debug, Clone)]
-struct Odd {
-    ids: Vec<u32>,
-    finder: AhoCorasick,
-}
-
-impl Odd {
-    fn new(ids: Vec<u32>, vocab: &Vocab) -> Option<Self> {
-        let tokens: Vec<&[u8]> = ids.iter().map(|&id| vocab.bytes(id)).collect::<Option<_>>()?;
-        let finder = AhoCorasick::builder().kind(Some(AhoCorasickKind::DFA)).build(tokens).ok()?;
-        Some(Self { ids, finder })
-    }
 }
 
 const FILTER: u64 = 1 << 13;
 
-/// More odd tokens than a text is searched for.
+/// More odd tokens than a vocabulary is searched for.
 const MOST_ODD: usize = 256;
 
-impl Backtrack {
-    /// Tables for `merges` (left, right, rank in rising order, with the ids that they give) over bytes.
+impl Reached {
+    /// Tables for merges of bytes, in the order of their ranks.
     ///
     /// Also returns the merges that are ever made: the last one of each token's own bytes. None if too many tokens
-    /// are odd, or too large for a [`Trie`].
+    /// are odd.
     pub fn new(
         vocab: &Vocab,
         bytes: &[u32; 256],
         list: &[Merge],
         table: &Merges,
     ) -> Option<(Self, Vec<Merge>)> {
-        let unknown = Token { left: 0, right: 0, rank: NONE, shorter: NONE };
-        let mut made = Self {
-            tokens: vec![unknown; vocab.len()],
-            trie: Trie::new(&[], |_, _| {}).ok()?,
-            unreached: Vec::new(),
-            odd: None,
-        };
+        let unknown = Token { left: 0, right: 0, rank: NONE };
+        let mut made = Self { tokens: vec![unknown; vocab.len()], runs: Vec::new(), unreached: Vec::new() };
         for &id in bytes.iter().filter(|&&id| id != MISSING) {
             made.tokens[id as usize].rank = 0;
         }
         let mut late = Vec::new();
         let mut is_kept = vec![false; list.len()];
-        for (&(left, right, rank), is_kept) in list.iter().zip(&mut is_kept) {
+        for (i, (&Merge { left, right, rank, product }, is_kept)) in list.iter().zip(&mut is_kept).enumerate()
+        {
+            if let Some(later) = list.get(i + 16) {
+                table.prefetch(later.left, later.right);
+                prefetch(&made.tokens[later.left as usize]);
+                prefetch(&made.tokens[later.right as usize]);
+            }
             if table.rank(left, right) != rank {
                 continue;
             }
-            let product = table.product(rank);
             let (a, b) = (made.tokens[left as usize], made.tokens[right as usize]);
             if a.rank == NONE || b.rank == NONE {
                 late.push((left, right, product));
             } else if made.tokens[product as usize].rank == NONE && made.apart(table, left, right, rank + 1) {
-                made.tokens[product as usize] = Token { left, right, rank: rank + 1, shorter: NONE };
+                made.tokens[product as usize] = Token { left, right, rank: rank + 1 };
                 *is_kept = true;
             }
         }
@@ -119,27 +105,29 @@ impl Backtrack {
             return None;
         }
         if !odd.is_empty() {
-            let odd = Odd::new(odd.into_iter().collect(), vocab)?;
-            let has_odd = |id: u32| odd.finder.is_match(vocab.bytes(id).unwrap_or_default());
+            let tokens: Vec<&[u8]> = odd.iter().map(|&id| vocab.bytes(id)).collect::<Option<_>>()?;
+            let finder = AhoCorasick::builder().kind(Some(AhoCorasickKind::DFA)).build(tokens).ok()?;
+            let has_odd = |id: u32| finder.is_match(vocab.bytes(id).unwrap_or_default());
             for (merge, is_kept) in list.iter().zip(&mut is_kept) {
-                *is_kept |= has_odd(table.product(merge.2));
+                *is_kept |= has_odd(merge.product);
             }
-            made.odd = Some(odd);
         }
         let kept =
             list.iter().zip(&is_kept).filter(|&(_, &is_kept)| is_kept).map(|(&merge, _)| merge).collect();
-        let all = 0..vocab.len() as u32;
-        let reached: Vec<(&[u8], u32)> =
-            all.filter(|&id| is_made(id)).map(|id| (vocab.bytes(id).unwrap_or_default(), id)).collect();
-        if reached.len() < vocab.found() {
+        let count = |tokens: &[Token]| tokens.iter().filter(|token| token.rank != NONE).count();
+        if count(&made.tokens) < vocab.found() {
             made.unreached = vec![0; FILTER as usize / 64];
-            for id in (0..vocab.len() as u32).filter(|&id| !is_made(id)) {
-                let hash = hash(vocab.bytes(id).unwrap_or_default()) % FILTER;
-                made.unreached[hash as usize / 64] |= 1 << (hash % 64);
+            for (id, token) in (0..).zip(&made.tokens) {
+                if token.rank == NONE {
+                    let hash = hash(vocab.bytes(id).unwrap_or_default()) % FILTER;
+                    made.unreached[hash as usize / 64] |= 1 << (hash % 64);
+                }
             }
         }
-        let tokens = &mut made.tokens;
-        made.trie = Trie::new(&reached, |id, shorter| tokens[id as usize].shorter = shorter).ok()?;
+        made.runs = runs(vocab, &made.tokens);
+        odd.iter()
+            .filter_map(|&id| run_byte(vocab, id))
+            .for_each(|byte| made.runs[usize::from(byte)].clear());
         Some((made, kept))
     }
 
@@ -180,89 +168,90 @@ impl Backtrack {
         self.unreached[hash as usize / 64] >> (hash % 64) & 1 == 1
     }
 
-    /// Appends the ids of a piece to `out`; `dead` is a buffer. False, and nothing is appended, if
-    /// the piece must be merged: a byte has no token, or there is an odd one.
-    pub fn encode(
-        &self,
-        piece: &[u8],
-        vocab: &Vocab,
-        table: &Merges,
-        dead: &mut Vec<u64>,
-        out: &mut Vec<u32>,
-    ) -> bool {
-        if self.odd.as_ref().is_some_and(|odd| odd.finder.is_match(piece)) {
-            return false;
-        }
+    /// Appends the ids of a run to `out`. False, and nothing is appended, if it must be merged: its byte has no token, or
+    /// a token is odd.
+    pub fn encode_run(&self, run: &[u8], table: &Merges, out: &mut Vec<u32>) -> bool {
+        let Some(tokens) = run.first().map(|&byte| &self.runs[usize::from(byte)]) else { return true };
+        // How many of the tokens have at most a length.
+        let up_to = |length: usize| match tokens.last() {
+            Some(&(longest, _)) if longest as usize <= length => tokens.len(),
+            _ => tokens.partition_point(|&(of, _)| of as usize <= length),
+        };
         let first = out.len();
-        dead.clear();
-        dead.resize(piece.len() / 64 + 1, 0);
-        let mut at = 0;
-        while at < piece.len() {
-            let (mut token, mut length) = self.trie.longest(&piece[at..]);
-            if length == 0 {
-                out.truncate(first);
-                return false;
-            }
-            loop {
-                let end = at + length;
-                let is_dead = dead[end / 64] >> (end % 64) & 1 == 1;
+        // By the lengths that remain.
+        let mut dead = vec![false; run.len() + 1];
+        let mut lengths: Vec<u32> = Vec::new();
+        let mut rest = run.len();
+        let mut tried = up_to(rest);
+        while rest > 0 {
+            if let Some(&(length, id)) = tried.checked_sub(1).and_then(|i| tokens.get(i)) {
                 let last = out[first..].last();
-                if !is_dead && last.is_none_or(|&last| self.apart(table, last, token, NONE)) {
-                    out.push(token);
-                    at = end;
-                    break;
+                if !dead[rest - length as usize] && last.is_none_or(|&last| self.apart(table, last, id, NONE))
+                {
+                    out.push(id);
+                    lengths.push(length);
+                    rest -= length as usize;
+                    tried = up_to(rest);
+                } else {
+                    tried -= 1;
                 }
-                let mut shorter = self.tokens[token as usize].shorter;
-                while shorter == NONE {
-                    // Nothing fits here, but something does from a place before.
-                    dead[at / 64] |= 1 << (at % 64);
-                    let Some(&last) = out[first..].last() else { return false };
-                    out.pop();
-                    at -= vocab.length(last);
-                    shorter = self.tokens[last as usize].shorter;
-                }
-                (token, length) = (shorter, vocab.length(shorter));
+            } else {
+                // Nothing fits here, but something does from a place before.
+                dead[rest] = true;
+                let Some(length) = lengths.pop() else { return false };
+                out.pop();
+                rest += length as usize;
+                tried = up_to(length as usize) - 1;
             }
         }
         true
     }
-}
 
-impl Backtrack {
     /// Appends what `read` reads.
     pub fn write(&self, out: &mut Writer) {
-        let tokens: Vec<u32> =
-            self.tokens.iter().flat_map(|t| [t.left, t.right, t.rank, t.shorter]).collect();
-        out.words(&tokens);
-        self.trie.write(out);
+        out.words(&self.tokens.iter().flat_map(|t| [t.left, t.right, t.rank]).collect::<Vec<_>>());
         out.longs(&self.unreached);
-        out.words(self.odd.as_ref().map_or(&[], |odd| &odd.ids));
+        let is_odd = |byte: usize| self.runs[byte].is_empty();
+        out.bytes(&(0..256).map(|byte| u8::from(is_odd(byte))).collect::<Vec<_>>());
     }
 
     /// The tables that come next, of this vocabulary; none if they are not sound.
     pub fn read(from: &mut Reader, vocab: &Vocab) -> Option<Self> {
         let words = from.words()?;
         let (tokens, rest) = words.as_chunks();
-        let trie = Trie::read(from)?;
-        let unreached = from.longs()?;
-        let odd = from.words()?;
-        let is_there = |id: u32| id == NONE || (id as usize) < vocab.len();
-        let all_there = trie.is_below(vocab.len())
-            && tokens
-                .iter()
-                .all(|&[left, right, _, shorter]| [left, right, shorter].map(is_there) == [true; 3]);
+        let (unreached, no_runs) = (from.longs()?, from.bytes()?);
+        let is_there = |id: u32| (id as usize) < vocab.len();
+        let all_there = tokens.iter().all(|&[left, right, _]| is_there(left) && is_there(right));
         let is_filter = [0, FILTER as usize / 64].contains(&unreached.len());
-        if !rest.is_empty() || !is_filter || tokens.len() != vocab.len() || !all_there {
+        if !rest.is_empty() || !is_filter || tokens.len() != vocab.len() || !all_there || no_runs.len() != 256
+        {
             return None;
         }
-        let tokens = tokens.iter().map(|&[left, right, rank, shorter]| Token { left, right, rank, shorter });
-        Some(Self {
-            tokens: tokens.collect(),
-            trie,
-            unreached,
-            odd: if odd.is_empty() { None } else { Some(Odd::new(odd, vocab)?) },
-        })
+        let tokens: Vec<_> = tokens.iter().map(|&[left, right, rank]| Token { left, right, rank }).collect();
+        let mut runs = runs(vocab, &tokens);
+        runs.iter_mut().zip(no_runs).filter(|(_, no_run)| **no_run != 0).for_each(|(run, _)| run.clear());
+        Some(Self { tokens, runs, unreached })
     }
+}
+
+/// The byte that a token is a run of.
+fn run_byte(vocab: &Vocab, id: u32) -> Option<u8> {
+    let (&first, rest) = vocab.bytes(id)?.split_first()?;
+    rest.iter().all(|&byte| byte == first).then_some(first)
+}
+
+/// Of each byte's runs the tokens that are made, the shortest first.
+fn runs(vocab: &Vocab, tokens: &[Token]) -> Vec<Vec<RunToken>> {
+    let mut runs = vec![Vec::new(); 256];
+    for (id, token) in (0..).zip(tokens) {
+        if token.rank != NONE
+            && let Some(byte) = run_byte(vocab, id)
+        {
+            runs[usize::from(byte)].push((vocab.length(id) as u32, id));
+        }
+    }
+    runs.iter_mut().for_each(|run| run.sort_unstable());
+    runs
 }
 
 #[cfg(test)]
@@ -277,7 +266,7 @@ mod tests {
         /// Over few symbols, with several merges that give one token, in any order, so that some tokens are odd and
         /// some are never made.
         #[test]
-        fn longest_tokens_are_what_merging_gives(
+        fn pruned_merges_and_runs_are_what_merging_gives(
             picks in prop::collection::vec(any::<(u32, u32)>(), 0..60),
             order in prop::option::of(any::<u64>()),
             kinds in 1..4u32,
@@ -304,15 +293,15 @@ mod tests {
             if let Some(seed) = order {
                 ranked.sort_by_key(|&((a, b), _)| fold(seed ^ u64::from(a) << 32 ^ u64::from(b), 0x9e37_79b9_7f4a_7c15));
             }
-            let list: Vec<_> = ranked.iter().zip(0..).map(|(&((a, b), _), rank)| (a, b, rank)).collect();
-            let products: Vec<u32> = ranked.iter().map(|&(_, id)| id).collect();
+            let merge = |(&((left, right), product), rank)| Merge { left, right, rank, product };
+            let list: Vec<_> = ranked.iter().zip(0..).map(merge).collect();
             let numbered: Vec<_> = tokens.into_iter().zip(0..).collect();
             let vocab = Vocab::new(&numbered, |_| true).unwrap();
             let mut bytes = [MISSING; 256];
             (0..kinds).for_each(|k| bytes[usize::from(b'a') + k as usize] = k);
-            let full = Merges::new(&list, products.clone()).unwrap();
-            let (made, kept) = Backtrack::new(&vocab, &bytes, &list, &full).unwrap();
-            let pruned = Merges::new(&kept, products).unwrap();
+            let full = Merges::new(&list).unwrap();
+            let (made, kept) = Reached::new(&vocab, &bytes, &list, &full).unwrap();
+            let pruned = Merges::new(&kept).unwrap();
 
             let mut state = seed;
             let text: Vec<u8> = (0..length)
@@ -326,11 +315,14 @@ mod tests {
             full.merge(&symbols, &mut list, &mut expected);
             pruned.merge(&symbols, &mut list, &mut merged);
             prop_assert_eq!(&merged, &expected);
-            let (mut dead, mut found) = (Vec::new(), vec![7]);
-            if made.encode(&text, &vocab, &pruned, &mut dead, &mut found) {
-                prop_assert_eq!(&found[1..], &expected);
-            } else {
-                prop_assert!(made.odd.is_some() && found == [7]);
+            for kind in 0..kinds {
+                let (mut expected, mut found) = (Vec::new(), vec![7]);
+                full.merge(&vec![kind; length], &mut list, &mut expected);
+                if made.encode_run(&vec![b'a' + kind as u8; length], &pruned, &mut found) {
+                    prop_assert_eq!(&found[1..], &expected);
+                } else {
+                    prop_assert!(made.runs[usize::from(b'a') + kind as usize].is_empty() && found == [7]);
+                }
             }
         }
     }
