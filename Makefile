@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+# Processes that share the Python tests, with one thread each.
+JOBS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 PACKAGES := $(VENV)/.archzoo-packages
@@ -18,7 +20,7 @@ export PYO3_PYTHON := $(BIN)/python
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  VENV=DIR uses another environment than .venv, PYTHON=... makes it, ARGS=... goes to the demo or to pytest."
+	@echo "  VENV=DIR uses another environment than .venv, PYTHON=... makes it, ARGS=... goes to the demo or to pytest, JOBS=... processes run pytest."
 
 setup: $(NATIVE) ## Create the environment and build the native module (the other verbs do it when needed)
 
@@ -47,7 +49,7 @@ test-rust: $(PACKAGES)
 	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --workspace; else cargo test --workspace; fi
 
 test-python: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: setup ## Check style, types, import floors and the native module's stubs
 	$(BIN)/ruff check .
