@@ -23,10 +23,35 @@ pub struct Tokenizer {
     pub(crate) parts: Parts,
     /// Of the file, the pattern and what was changed since.
     hash: blake3::Hash,
-    /// Of threads that are not at work.
-    idle: Mutex<Vec<Scratch>>,
+    scratches: Mutex<Scratches>,
     /// What the threads have in common, once there are several.
     shared: Arc<OnceLock<SharedCache>>,
+}
+
+/// What threads keep from call to call. Text that comes again in the same place goes to the thread's scratch that has
+/// seen it, whichever thread that is.
+#[derive(Default)]
+struct Scratches {
+    /// Those of threads that are not at work, and each one's share of a call's text.
+    idle: Vec<(usize, Scratch)>,
+    /// All that there are.
+    made: usize,
+}
+
+impl Scratches {
+    /// One that was at work on a share before. Another one only when there is one for each share.
+    fn take(&mut self, share: usize) -> Option<(usize, Scratch)> {
+        let same = self.idle.iter().rposition(|&(of, _)| of == share);
+        let any = self.idle.len().checked_sub(1).filter(|_| self.made > threads());
+        let found = same.or(any).map(|i| self.idle.swap_remove(i));
+        self.made += usize::from(found.is_none());
+        found
+    }
+}
+
+/// Threads of the current pool, if there is one.
+fn threads() -> usize {
+    if rayon::current_thread_index().is_some() { rayon::current_num_threads() } else { 1 }
 }
 
 /// What a file says a tokenizer is.
@@ -186,7 +211,7 @@ impl Tokenizer {
     }
 
     fn new(parts: Parts, hash: blake3::Hash) -> Self {
-        Self { parts, hash, idle: Mutex::default(), shared: Arc::default() }
+        Self { parts, hash, scratches: Mutex::default(), shared: Arc::default() }
     }
 
     /// The same with control tokens, told by their content, around a text with special tokens.
@@ -247,12 +272,12 @@ impl Tokenizer {
 
     /// Appends the ids of a text to `out`; of a long one on the threads of the current pool, if there is one.
     pub fn encode(&self, text: &str, options: Options, out: &mut Vec<u32>) -> Result<()> {
-        self.with_scratch(|scratch| self.encode_with(text, options, scratch, out, None).map(drop))
+        self.with_scratch(0, 1, |scratch| self.encode_with(text, options, scratch, out, None).map(drop))
     }
 
     /// The number of ids of a text.
     pub fn count(&self, text: &str, options: Options) -> Result<usize> {
-        self.with_scratch(|scratch| {
+        self.with_scratch(0, 1, |scratch| {
             let mut out = Vec::new();
             let counted = self.encode_with(text, options, scratch, &mut out, Some(0))?;
             Ok(counted.unwrap_or(0) + out.len())
@@ -263,13 +288,14 @@ impl Tokenizer {
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], options: Options) -> Result<Ragged> {
         let tasks = tasks(texts);
         let encoded: Vec<Result<(Vec<u32>, Vec<usize>)>> = tasks
-            .into_par_iter()
-            .map(|texts| {
+            .par_iter()
+            .enumerate()
+            .map(|(i, texts)| {
                 let bytes: usize = texts.iter().map(|t| t.as_ref().len()).sum();
                 let mut ids = Vec::with_capacity(bytes / 3);
                 let mut ends = Vec::with_capacity(texts.len());
-                self.with_scratch(|scratch| {
-                    for text in texts {
+                self.with_scratch(i, tasks.len(), |scratch| {
+                    for text in *texts {
                         self.encode_with(text.as_ref(), options, scratch, &mut ids, None)?;
                         ends.push(ids.len());
                     }
@@ -290,11 +316,15 @@ impl Tokenizer {
         Ok(ragged)
     }
 
-    fn with_scratch<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
-        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut scratch = idle().pop().unwrap_or_else(|| Scratch::new(self.shared.clone()));
+    /// Does one of some works, which share a call's text in order; each thread begins with its share of them.
+    fn with_scratch<R>(&self, i: usize, of: usize, work: impl FnOnce(&mut Scratch) -> R) -> R {
+        let scratches = || self.scratches.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is done at once may have works of its own, whose scratches it should not take.
+        let share = if of == 1 { threads() } else { ((i + 1) * threads() - 1) / of };
+        let taken = scratches().take(share);
+        let (share, mut scratch) = taken.unwrap_or_else(|| (share, Scratch::new(self.shared.clone())));
         let result = work(&mut scratch);
-        idle().push(scratch);
+        scratches().idle.push((share, scratch));
         result
     }
 
@@ -373,7 +403,7 @@ impl Tokenizer {
         let parts = &self.parts;
         let encode = |(i, text): (usize, &&str)| {
             let mut ids = Vec::with_capacity(text.len() / 3);
-            self.with_scratch(|scratch| {
+            self.with_scratch(i, texts.len(), |scratch| {
                 let mut encoder =
                     Encoder { model: &parts.model, scratch, out: &mut ids, counted: None, spans: None };
                 match i {
@@ -394,7 +424,7 @@ impl Tokenizer {
             return self.encode(text, options, out);
         }
         self.needs_bytes("bytes that are not UTF-8")?;
-        self.with_scratch(|scratch| {
+        self.with_scratch(0, 1, |scratch| {
             let mut encoder = Encoder { model: &self.parts.model, scratch, out, counted: None, spans: None };
             self.surround(options, &mut encoder, bytes.len(), |encoder| {
                 let (mut start, mut end) = (0, 0);
@@ -421,7 +451,7 @@ impl Tokenizer {
         if !self.parts.splitter.keeps_all() {
             return Err(Error::unsupported("offsets with a pre-tokenizer that drops text"));
         }
-        self.with_scratch(|scratch| {
+        self.with_scratch(0, 1, |scratch| {
             let mut out = Vec::new();
             let spans = Some(Vec::new());
             let mut encoder =
@@ -508,8 +538,7 @@ impl Parts {
     /// Parts of a long section for the threads of the current pool; none if one thread takes it all.
     fn shared<'t>(&self, text: &'t str) -> Vec<&'t str> {
         let is_long = text.len() >= 2 * PART_BYTES && self.metaspace.is_none();
-        let has_threads = || rayon::current_thread_index().is_some() && rayon::current_num_threads() > 1;
-        if is_long && has_threads() { self.splitter.parts(text, PART_BYTES) } else { Vec::new() }
+        if is_long && threads() > 1 { self.splitter.parts(text, PART_BYTES) } else { Vec::new() }
     }
 
     fn encode_section(&self, text: &str, is_first: bool, encoder: &mut Encoder) -> Result<()> {
