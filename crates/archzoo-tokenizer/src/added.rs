@@ -53,7 +53,7 @@ pub struct Added {
 /// Finds patterns: the leftmost, of those the longest, and again behind it.
 #[derive(Debug, Clone)]
 struct Finder {
-    /// Of what the patterns start with; none where the processor has no fast search for several words.
+    /// Of what the patterns start with; none if one is empty, or where the processor has no fast search for it.
     starts: Option<packed::Searcher>,
     patterns: AhoCorasick,
 }
@@ -74,26 +74,20 @@ impl Finder {
         Ok(Self { starts: packed::Searcher::new(starts), patterns })
     }
 
-    fn find_all(&self, text: &str) -> impl Iterator<Item = Match> {
+    fn find_all<'a>(&'a self, text: &'a str) -> Box<dyn Iterator<Item = Match> + 'a> {
+        let Some(starts) = &self.starts else { return Box::new(self.patterns.find_iter(text)) };
         let mut from = 0;
-        std::iter::from_fn(move || {
-            let found = self.find(text, from)?;
-            from = found.end();
-            Some(found)
-        })
-    }
-
-    fn find(&self, text: &str, mut from: usize) -> Option<Match> {
-        let rest = |from| Input::new(text).range(from..);
-        let Some(starts) = &self.starts else { return self.patterns.find(rest(from)) };
-        loop {
-            let start = starts.find_in(text, Span::from(from..text.len()))?.start();
-            let found = self.patterns.find(rest(start).anchored(Anchored::Yes));
-            if found.is_some() {
-                return found;
+        Box::new(std::iter::from_fn(move || {
+            loop {
+                let start = starts.find_in(text, Span::from(from..text.len()))?.start();
+                let whole = Input::new(text).range(start..).anchored(Anchored::Yes);
+                if let Some(found) = self.patterns.find(whole) {
+                    from = found.end();
+                    return Some(found);
+                }
+                from = start + 1;
             }
-            from = start + 1;
-        }
+        }))
     }
 }
 
@@ -164,5 +158,25 @@ impl Added {
             }
         }
         if done < text.len() { take(Section::Text(done..text.len())) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Empty patterns, and more of them than a fast search takes, included.
+        #[test]
+        fn finds_what_a_search_for_all_at_once_finds(
+            patterns in prop::collection::vec("[<|｜x]{0,5}", 1..80),
+            text in "[<|｜x]{0,60}",
+        ) {
+            let whole = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&patterns).unwrap();
+            let found: Vec<Match> = Finder::new(&patterns).unwrap().find_all(&text).collect();
+            prop_assert_eq!(found, whole.find_iter(&text).collect::<Vec<_>>());
+        }
     }
 }

@@ -33,9 +33,10 @@ pub struct Bpe {
     /// The tokens.
     pub vocab: Vocab,
     merges: Merges,
+    /// Which tokens merging gives, if bytes are merged.
     reached: Option<Reached>,
+    /// What characters start as, if bytes are merged.
     chars: Option<Chars>,
-
     /// What is merged.
     symbols: Symbols,
     /// A piece that is a token is that token, whatever its merges give.
@@ -60,13 +61,11 @@ impl Bpe {
             }
             reached = Some(made);
         }
-        let chars =
-            if let Symbols::Bytes(bytes) = &symbols { Chars::new(&table, &vocab, bytes) } else { None };
         Ok(Self {
+            chars: chars(&symbols, &table, &vocab),
             vocab,
             merges: table,
             reached,
-            chars,
             symbols,
             ignore_merges: false,
             unknown: None,
@@ -159,8 +158,18 @@ impl Bpe {
     }
 }
 
+fn chars(symbols: &Symbols, merges: &Merges, vocab: &Vocab) -> Option<Chars> {
+    match symbols {
+        Symbols::Bytes(bytes) => Chars::new(merges, vocab, bytes),
+        Symbols::Chars { .. } => None,
+    }
+}
+
+/// Bytes of a run from which on its longest tokens are found faster than they are merged.
+const LONG_RUN: usize = 65;
+
 fn is_long_run(piece: &[u8]) -> bool {
-    piece.len() > 64 && piece.windows(2).all(|pair| pair[0] == pair[1])
+    piece.len() >= LONG_RUN && piece.windows(2).all(|pair| pair[0] == pair[1])
 }
 
 impl Table for Bpe {
@@ -200,8 +209,7 @@ impl Table for Bpe {
             (true, false) => Symbols::Chars { fallback: Some(table()?) },
         };
         let unknown = (unknown != MISSING).then_some(unknown);
-        let chars =
-            if let Symbols::Bytes(bytes) = &symbols { Chars::new(&merges, &vocab, bytes) } else { None };
+        let chars = chars(&symbols, &merges, &vocab);
         Some(Self { vocab, merges, reached, chars, symbols, ignore_merges, unknown, fuse_unknown })
     }
 }

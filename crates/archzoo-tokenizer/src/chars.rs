@@ -12,15 +12,15 @@ use rayon::prelude::*;
 
 use crate::bpe::MISSING;
 use crate::merges::{Merge, Merges, NONE};
-use crate::vocab::Vocab;
+use crate::vocab::{MOST_IDS, Vocab};
 
 /// The symbols of each character of two or three bytes, up to three in a word.
 #[derive(Debug, Clone)]
 pub struct Chars(Vec<u64>);
 
-const ID_BITS: u32 = 21;
+const ID_BITS: u32 = MOST_IDS.ilog2();
 /// No symbol.
-const NO_ID: u32 = (1 << ID_BITS) - 1;
+const NO_ID: u32 = MOST_IDS as u32 - 1;
 /// No second and no third symbol.
 const ONE: u64 = (1 << (2 * ID_BITS)) - 1;
 
@@ -29,9 +29,9 @@ impl Chars {
     pub fn new(merges: &Merges, vocab: &Vocab, bytes: &[u32; 256]) -> Option<Self> {
         let lowest = Lowest::new(merges, vocab)?;
         let entry = |code: u32| {
-            let tail = |shift: u32| 0x80 | (code >> shift & 0x3f) as u8;
-            let encoded = [0xe0 | (code >> 12) as u8, tail(6), tail(0)];
-            let encoded = if code < 0x800 { &[0xc0 | (code >> 6) as u8, tail(0)][..] } else { &encoded[..] };
+            let mut buffer = [0; 4];
+            let Some(char) = char::from_u32(code).filter(|char| !char.is_ascii()) else { return 0 };
+            let encoded = char.encode_utf8(&mut buffer).as_bytes();
             let mut ids = [MISSING; 3];
             for (id, &byte) in ids.iter_mut().zip(encoded) {
                 *id = bytes[usize::from(byte)];
@@ -43,9 +43,7 @@ impl Chars {
             let count = lowest.merge(merges, ids);
             ids[..count].iter().rev().fold(u64::MAX, |word, &id| word << ID_BITS | u64::from(id))
         };
-        Some(Self(
-            (0..1 << 16).into_par_iter().map(|code| if code < 0x80 { 0 } else { entry(code) }).collect(),
-        ))
+        Some(Self((0..1 << 16).into_par_iter().map(entry).collect()))
     }
 
     /// Appends symbols that merge to what the bytes of `piece` merge to.

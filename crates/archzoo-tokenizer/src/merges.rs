@@ -14,7 +14,7 @@ use crate::vocab::MOST_IDS;
 
 /// No rank: the pair does not merge.
 pub const NONE: u32 = u32::MAX;
-const ID_BITS: u32 = 21;
+const ID_BITS: u32 = MOST_IDS.ilog2();
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
 /// Symbols of a long piece's first window.

@@ -114,8 +114,7 @@ impl Reached {
         }
         let kept =
             list.iter().zip(&is_kept).filter(|&(_, &is_kept)| is_kept).map(|(&merge, _)| merge).collect();
-        let count = |tokens: &[Token]| tokens.iter().filter(|token| token.rank != NONE).count();
-        if count(&made.tokens) < vocab.found() {
+        if made.tokens.iter().filter(|token| token.rank != NONE).count() < vocab.found() {
             made.unreached = vec![0; FILTER as usize / 64];
             for (id, token) in (0..).zip(&made.tokens) {
                 if token.rank == NONE {
@@ -211,8 +210,7 @@ impl Reached {
     pub fn write(&self, out: &mut Writer) {
         out.words(&self.tokens.iter().flat_map(|t| [t.left, t.right, t.rank]).collect::<Vec<_>>());
         out.longs(&self.unreached);
-        let is_odd = |byte: usize| self.runs[byte].is_empty();
-        out.bytes(&(0..256).map(|byte| u8::from(is_odd(byte))).collect::<Vec<_>>());
+        out.bytes(&self.runs.iter().map(|run| u8::from(run.is_empty())).collect::<Vec<_>>());
     }
 
     /// The tables that come next, of this vocabulary; none if they are not sound.
