@@ -1,7 +1,7 @@
 use crate::cache_file::{Reader, Table, Writer};
 use crate::chars::Chars;
 use crate::error::Result;
-use crate::merges::{List, Merge, Merges};
+use crate::merges::{Lists, LongList, Merge, Merges, Pieces, SHORT};
 use crate::reached::Reached;
 use crate::vocab::Vocab;
 
@@ -20,11 +20,12 @@ pub enum Symbols {
     },
 }
 
-/// What encoding a piece needs and the next one may have.
+/// What encoding pieces needs and the next ones may have.
 #[derive(Default)]
 pub struct Work {
-    symbols: Vec<u32>,
-    list: List,
+    lists: Lists,
+    long: LongList,
+    ids: Vec<u32>,
 }
 
 /// Byte-pair encoding.
@@ -91,26 +92,33 @@ impl Bpe {
         matches!(self.symbols, Symbols::Bytes(_))
     }
 
-    /// Appends the ids of a piece to `out`.
-    pub fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
+    /// Hands the number of each piece and its ids to `take`, in some order.
+    pub fn encode_each<'t>(
+        &self,
+        pieces: impl Iterator<Item = &'t [u8]>,
+        work: &mut Work,
+        take: impl FnMut(usize, &[u32]),
+    ) {
+        let Work { lists, long, ids } = work;
+        self.merges.merge_each(lists, &mut Each { bpe: self, pieces: pieces.enumerate(), long, ids, take });
+    }
+
+    /// Appends the ids of a piece that needs no merging to `out`.
+    fn known(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
         if self.ignore_merges
             && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
             && let Some(id) = self.vocab.get(piece)
         {
             out.push(id);
-            return;
+            return true;
         }
-        if let Some(reached) = &self.reached
-            && is_long_run(piece)
-            && reached.encode_run(piece, &self.merges, out)
-        {
-            return;
-        }
-        self.merge(piece, work, out);
+        self.reached
+            .as_ref()
+            .is_some_and(|reached| is_long_run(piece) && reached.encode_run(piece, &self.merges, out))
     }
 
-    fn merge(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
-        let Work { symbols, list, .. } = work;
+    /// Puts the symbols that a piece is merged from in place of others.
+    fn symbols(&self, piece: &[u8], symbols: &mut Vec<u32>) {
         symbols.clear();
         match &self.symbols {
             Symbols::Bytes(ids) => {
@@ -124,7 +132,6 @@ impl Bpe {
             }
             Symbols::Chars { fallback } => self.chars(piece, fallback.as_deref(), symbols),
         }
-        self.merges.merge(symbols, list, out);
     }
 
     #[cold]
@@ -155,6 +162,38 @@ impl Bpe {
             }
         }
         unknown.flush(symbols);
+    }
+}
+
+/// Pieces on their way into [`Merges::merge_each`].
+struct Each<'a, I, F> {
+    bpe: &'a Bpe,
+    pieces: std::iter::Enumerate<I>,
+    long: &'a mut LongList,
+    ids: &'a mut Vec<u32>,
+    take: F,
+}
+
+impl<'t, I: Iterator<Item = &'t [u8]>, F: FnMut(usize, &[u32])> Pieces for Each<'_, I, F> {
+    #[inline]
+    fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize> {
+        loop {
+            let (i, piece) = self.pieces.next()?;
+            self.ids.clear();
+            if !self.bpe.known(piece, self.ids) {
+                self.bpe.symbols(piece, symbols);
+                if symbols.len() <= SHORT {
+                    return Some(i);
+                }
+                self.bpe.merges.merge(symbols, self.long, self.ids);
+            }
+            (self.take)(i, self.ids);
+        }
+    }
+
+    #[inline]
+    fn take(&mut self, piece: usize, ids: &[u32]) {
+        (self.take)(piece, ids);
     }
 }
 

@@ -93,9 +93,8 @@ impl Cache {
         hash as usize & (self.pairs.len() - 1)
     }
 
-    /// Appends the ids of a piece to `out`, or returns false.
     #[inline(always)]
-    pub fn append(&self, key: &Key, hash: u64, out: &mut Vec<u32>) -> bool {
+    fn find(&self, key: &Key, hash: u64) -> Option<&Slot> {
         let mut at = self.home(hash);
         loop {
             let Pair(pair) = &self.pairs[at];
@@ -103,20 +102,32 @@ impl Cache {
             // Which of the two it is follows no pattern that a processor could foresee.
             let slot = select_unpredictable(differs(&pair[1]) == 0, &pair[1], &pair[0]);
             if differs(slot) == 0 {
-                let (count, first) = (slot[2] >> COUNT_SHIFT & 15, slot[2] & !(15 << COUNT_SHIFT));
-                if count == MANY {
-                    let (start, end) = ((slot[2] >> 32) as usize, slot[3] as usize);
-                    out.extend_from_slice(&self.beside[start..end]);
-                } else {
-                    push(out, [first, slot[3]], count as usize);
-                }
-                return true;
+                return Some(slot);
             }
             if pair[1][1] == 0 {
-                return false;
+                return None;
             }
             at = (at + 1) & (self.pairs.len() - 1);
         }
+    }
+
+    /// Whether the ids of a piece are there.
+    pub fn has(&self, key: &Key, hash: u64) -> bool {
+        self.find(key, hash).is_some()
+    }
+
+    /// Appends the ids of a piece to `out`, or returns false.
+    #[inline(always)]
+    pub fn append(&self, key: &Key, hash: u64, out: &mut Vec<u32>) -> bool {
+        let Some(slot) = self.find(key, hash) else { return false };
+        let (count, first) = (slot[2] >> COUNT_SHIFT & 15, slot[2] & !(15 << COUNT_SHIFT));
+        if count == MANY {
+            let (start, end) = ((slot[2] >> 32) as usize, slot[3] as usize);
+            out.extend_from_slice(&self.beside[start..end]);
+        } else {
+            push(out, [first, slot[3]], count as usize);
+        }
+        true
     }
 
     /// Keeps the ids of a piece that is not there.

@@ -12,20 +12,17 @@ use rayon::prelude::*;
 
 use crate::bpe::MISSING;
 use crate::merges::{Merge, Merges, NONE};
-use crate::vocab::{MOST_IDS, Vocab};
+use crate::vocab::{ID_BITS, NO_ID, Vocab};
 
 /// The symbols of each character of two or three bytes, up to three in a word.
 #[derive(Debug, Clone)]
 pub struct Chars(Vec<u64>);
 
-const ID_BITS: u32 = MOST_IDS.ilog2();
-/// No symbol.
-const NO_ID: u32 = MOST_IDS as u32 - 1;
 /// No second and no third symbol.
 const ONE: u64 = (1 << (2 * ID_BITS)) - 1;
 
 impl Chars {
-    /// What `merges` make of the characters' bytes. None if there are too many ids.
+    /// What `merges` make of the characters' bytes. None if the vocabulary lacks what is merged.
     pub fn new(merges: &Merges, vocab: &Vocab, bytes: &[u32; 256]) -> Option<Self> {
         let lowest = Lowest::new(merges, vocab)?;
         let entry = |code: u32| {
@@ -52,7 +49,13 @@ impl Chars {
         symbols.reserve(piece.len());
         let mut rest = piece;
         let mut is_open = true;
-        while let [first, ref tail @ ..] = *rest {
+        loop {
+            let (ascii, others) =
+                rest.split_at(rest.iter().position(|byte| !byte.is_ascii()).unwrap_or(rest.len()));
+            symbols.extend(ascii.iter().map(|&byte| bytes[usize::from(byte)]));
+            is_open &= ascii.is_empty();
+            rest = others;
+            let [first, ref tail @ ..] = *rest else { break };
             let (code, after) = match *rest {
                 [a @ 0xe0..=0xef, b, c, ref after @ ..]
                     if is_tail(b) && is_tail(c) && (a, b) >= (0xe0, 0xa0) =>
@@ -90,11 +93,8 @@ struct Lowest {
 }
 
 impl Lowest {
-    /// None if there are too many ids.
+    /// None if the vocabulary lacks what is merged.
     fn new(merges: &Merges, vocab: &Vocab) -> Option<Self> {
-        if vocab.len() > NO_ID as usize {
-            return None;
-        }
         let mut lowest = Self { left: vec![NONE; vocab.len()], right: vec![NONE; vocab.len()] };
         for Merge { left, right, rank, .. } in merges.each() {
             let slot = &mut lowest.left[left as usize];
@@ -146,7 +146,7 @@ fn is_tail(byte: u8) -> bool {
 #[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::merges::List;
+    use crate::merges::LongList;
     use crate::vocab::fold;
     use proptest::prelude::*;
     use std::collections::HashMap;
@@ -214,7 +214,7 @@ mod tests {
             let chars = Chars::new(&merges, &vocab, &of_byte).unwrap();
             let text = bytes(&text);
             let single: Vec<u32> = text.iter().map(|&byte| byte.into()).collect();
-            let (mut symbols, mut list, mut out, mut expected) = (vec![], List::default(), vec![], vec![]);
+            let (mut symbols, mut list, mut out, mut expected) = (vec![], LongList::default(), vec![], vec![]);
             merges.merge(&single, &mut list, &mut expected);
             chars.symbols(&text, &of_byte, &mut symbols);
             prop_assert!(symbols.len() <= single.len());

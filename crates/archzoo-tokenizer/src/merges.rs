@@ -5,23 +5,22 @@
 //! merge across their border, does not depend on the rest of the text. So a long piece is merged in windows that
 //! overlap, and two windows are joined where both have the same two tokens side by side.
 
+use std::hint::select_unpredictable;
+
 use archzoo_simd::{InstructionSet, multiversion};
 
 use crate::cache::prefetch;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
-use crate::vocab::MOST_IDS;
+use crate::vocab::{ID_BITS, NO_ID};
 
 /// No rank: the pair does not merge.
 pub const NONE: u32 = u32::MAX;
-const ID_BITS: u32 = MOST_IDS.ilog2();
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
 /// Symbols of a long piece's first window.
 const WINDOW: usize = 64;
 const POSITION_BITS: u32 = 11;
-/// Symbols that are merged without a heap, at most.
-const MOST_LINEAR: usize = 1 << POSITION_BITS;
 
 /// Two tokens that merge to a third.
 #[derive(Debug, Clone, Copy)]
@@ -39,18 +38,42 @@ pub struct Merge {
 /// Merges by pair.
 #[derive(Debug, Clone)]
 pub struct Merges {
-    /// Left id, right id, rank, then a word for the product; a power of two of such slots, at most half full.
-    slots: Vec<u64>,
-    /// A bit for each hash of [`FILTER_BITS`] that some pair has: it tells most pairs without a merge, and stays in
-    /// a nearer cache than the slots.
+    /// A power of two of them, and one that stays free.
+    buckets: Vec<Bucket>,
+    /// A bit for each hash of [`FILTER_BITS`] that some pair has: most pairs do not merge, and this tells it from a
+    /// nearer cache than the buckets.
     filter: Vec<u64>,
+    /// Rank and product of each pair of the first [`FEW`] ids, which bytes mostly are.
+    few: Vec<[u32; 2]>,
 }
 
-/// A pair, its rank, and its product.
-type Slot = [u64; 2];
-
 const FILTER_BITS: u32 = 20;
+const FEW: usize = 320;
+
+/// Pairs whose hashes share a cache line.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Bucket {
+    /// Left id, right id, rank.
+    slots: [u64; PAIRS],
+    products: [u32; PAIRS],
+    /// Whether a pair that belongs here is in the next bucket, or behind it.
+    is_over: u64,
+    unused: u64,
+}
+
+/// Pairs of a bucket, at most.
+const PAIRS: usize = 4;
+const FREE: Bucket = Bucket { slots: [EMPTY; PAIRS], products: [0; PAIRS], is_over: 0, unused: 0 };
 const MOST_RANKS: u32 = 1 << RANK_BITS;
+
+impl Bucket {
+    /// The slots that have a key, as bits.
+    #[inline(always)]
+    fn find(&self, key: u64) -> u32 {
+        (0..PAIRS).fold(0, |bits, i| bits | u32::from(self.slots[i] >> RANK_BITS == key) << i)
+    }
+}
 
 impl Merges {
     /// Merges, of which a later one for the same pair counts.
@@ -58,58 +81,85 @@ impl Merges {
         if merges.iter().any(|merge| merge.rank >= MOST_RANKS - 1) {
             return Err(Error::unsupported(format!("more than {} merges", MOST_RANKS - 1)));
         }
-        let size = (2 * merges.len() + 2).next_power_of_two();
-        let mut slots: Vec<Slot> = vec![[EMPTY, 0]; size];
-        let mut filter = vec![0; (1 << FILTER_BITS) / 64];
+        let size = ((2 * merges.len() + 2) / PAIRS).next_power_of_two();
+        let mut made =
+            Self { buckets: vec![FREE; size + 1], filter: vec![0; (1 << FILTER_BITS) / 64], few: Vec::new() };
         for (i, merge) in merges.iter().enumerate() {
             if let Some(later) = merges.get(i + 16) {
-                prefetch(&slots[home(hash(pair(later.left, later.right)), size)]);
+                prefetch(&made.buckets[home(hash(pair(later.left, later.right)), size)]);
             }
-            debug_assert!(merge.left.max(merge.right).max(merge.product) < MOST_IDS as u32);
+            debug_assert!(merge.left.max(merge.right).max(merge.product) < NO_ID);
             let key = pair(merge.left, merge.right);
             let hash = hash(key);
-            filter[(hash >> (70 - FILTER_BITS)) as usize] |= 1 << (hash >> (64 - FILTER_BITS) & 63);
+            made.filter[(hash >> (70 - FILTER_BITS)) as usize] |= 1 << (hash >> (64 - FILTER_BITS) & 63);
             let mut at = home(hash, size);
-            while slots[at][0] != EMPTY && slots[at][0] >> RANK_BITS != key {
+            let slot = loop {
+                let bucket = &mut made.buckets[at];
+                let found = bucket.find(key) | bucket.find(EMPTY >> RANK_BITS);
+                if found != 0 {
+                    break found.trailing_zeros() as usize;
+                }
+                bucket.is_over = 1;
                 at = (at + 1) & (size - 1);
-            }
-            slots[at] = [key << RANK_BITS | u64::from(merge.rank), u64::from(merge.product)];
+            };
+            made.buckets[at].slots[slot] = key << RANK_BITS | u64::from(merge.rank);
+            made.buckets[at].products[slot] = merge.product;
         }
-        Ok(Self { slots: slots.into_flattened(), filter })
+        made.few = made.few();
+        Ok(made)
     }
 
-    #[inline(always)]
-    fn slots(&self) -> &[Slot] {
-        self.slots.as_chunks().0
+    fn few(&self) -> Vec<[u32; 2]> {
+        let mut few = vec![[NONE; 2]; FEW * FEW];
+        for Merge { left, right, rank, product } in self.each() {
+            if left.max(right) < FEW as u32 {
+                few[left as usize * FEW + right as usize] = [rank, product];
+            }
+        }
+        few
     }
 
-    /// Starts to load the slot of a pair.
+    /// Number of buckets that pairs have.
     #[inline(always)]
-    pub fn prefetch(&self, left: u32, right: u32) {
-        let slots = self.slots();
-        prefetch(&slots[home(hash(pair(left, right)), slots.len())]);
+    fn size(&self) -> usize {
+        self.buckets.len() - 1
+    }
+
+    /// Where a pair would be, which starts to be loaded.
+    #[inline(always)]
+    pub fn place(&self, left: u32, right: u32) -> usize {
+        let hash = hash(pair(left, right));
+        let bits = self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63);
+        // Whether two symbols merge follows no pattern that a processor could foresee.
+        let at = select_unpredictable(bits & 1 == 1, home(hash, self.size()), self.size());
+        prefetch(&self.buckets[at]);
+        at
+    }
+
+    /// Rank and product of a pair at its place; [`NONE`] for both if it does not merge.
+    #[inline(always)]
+    fn get_at(&self, mut at: usize, left: u32, right: u32) -> (u32, u32) {
+        let key = pair(left, right);
+        loop {
+            let bucket = &self.buckets[at];
+            let found = bucket.find(key);
+            let slot = found.trailing_zeros() as usize % PAIRS;
+            let rank = bucket.slots[slot] as u32 & (MOST_RANKS - 1);
+            let is_there = found != 0;
+            if is_there as u64 >= bucket.is_over {
+                return (
+                    select_unpredictable(is_there, rank, NONE),
+                    select_unpredictable(is_there, bucket.products[slot], NONE),
+                );
+            }
+            at = (at + 1) & (self.size() - 1);
+        }
     }
 
     /// Rank and product of a pair; [`NONE`] for both if it does not merge.
     #[inline(always)]
     pub fn get(&self, left: u32, right: u32) -> (u32, u32) {
-        let key = pair(left, right);
-        let hash = hash(key);
-        if self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63) & 1 == 0 {
-            return (NONE, NONE);
-        }
-        let slots = self.slots();
-        let mut at = home(hash, slots.len());
-        loop {
-            let [slot, product] = slots[at];
-            if slot >> RANK_BITS == key {
-                return (slot as u32 & (MOST_RANKS - 1), product as u32);
-            }
-            if slot == EMPTY {
-                return (NONE, NONE);
-            }
-            at = (at + 1) & (slots.len() - 1);
-        }
+        self.get_at(self.place(left, right), left, right)
     }
 
     /// Rank of a pair.
@@ -120,12 +170,13 @@ impl Merges {
 
     /// All merges, in no order.
     pub fn each(&self) -> impl Iterator<Item = Merge> {
-        let id = |slot: u64, shift: u32| (slot >> shift) as u32 & (MOST_IDS as u32 - 1);
-        self.slots().iter().filter(|slot| slot[0] != EMPTY).map(move |&[slot, product]| Merge {
+        let id = |slot: u64, shift: u32| (slot >> shift) as u32 & NO_ID;
+        let slots = self.buckets.iter().flat_map(|bucket| bucket.slots.into_iter().zip(bucket.products));
+        slots.filter(|&(slot, _)| slot != EMPTY).map(move |(slot, product)| Merge {
             left: id(slot, ID_BITS + RANK_BITS),
             right: id(slot, RANK_BITS),
             rank: slot as u32 & (MOST_RANKS - 1),
-            product: product as u32,
+            product,
         })
     }
 
@@ -134,18 +185,13 @@ impl Merges {
         self.each().all(|merge| (merge.left.max(merge.right).max(merge.product) as usize) < count)
     }
 
-    /// Appends to `out` what `symbols` merge to.
-    pub fn merge(&self, symbols: &[u32], list: &mut List, out: &mut Vec<u32>) {
-        if symbols.len() <= WINDOW {
-            merge_linear(InstructionSet::current(), self, symbols, list);
-            list.each(|id, _| out.push(id));
-        } else {
-            self.merge_long(symbols, list, out);
-        }
+    /// Merges the symbols of several pieces.
+    pub fn merge_each(&self, lists: &mut Lists, pieces: &mut impl Pieces) {
+        merge_side_by_side(InstructionSet::current(), self, lists, pieces);
     }
 
-    /// Windows of a long piece, joined where they agree.
-    fn merge_long(&self, symbols: &[u32], list: &mut List, out: &mut Vec<u32>) {
+    /// Appends to `out` what `symbols` merge to: windows of a long piece, joined where they agree.
+    pub fn merge(&self, symbols: &[u32], list: &mut LongList, out: &mut Vec<u32>) {
         let (mut joined, mut next) = (Tokens::default(), Tokens::default());
         let mut size = WINDOW;
         self.merge_from(symbols, 0, size, list, &mut joined);
@@ -169,7 +215,14 @@ impl Merges {
     }
 
     /// Merges the window of `size` symbols from `start`.
-    fn merge_from(&self, symbols: &[u32], start: usize, size: usize, list: &mut List, tokens: &mut Tokens) {
+    fn merge_from(
+        &self,
+        symbols: &[u32],
+        start: usize,
+        size: usize,
+        list: &mut LongList,
+        tokens: &mut Tokens,
+    ) {
         let end = symbols.len().min(start + size);
         tokens.ids.clear();
         tokens.starts.clear();
@@ -241,15 +294,34 @@ impl Merges {
 
 impl Table for Merges {
     fn write(&self, out: &mut Writer) {
-        out.longs(&self.slots);
+        let two = |ids: [u32; 2]| u64::from(ids[0]) | u64::from(ids[1]) << 32;
+        let words = self.buckets.iter().flat_map(|bucket| {
+            let [a, b, c, d] = bucket.products;
+            bucket.slots.into_iter().chain([two([a, b]), two([c, d]), bucket.is_over])
+        });
+        out.longs(&words.collect::<Vec<_>>());
         out.longs(&self.filter);
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
-        let made = Self { slots: from.longs()?, filter: from.longs()? };
-        let slots = made.slots();
-        let is_table = slots.len().is_power_of_two() && slots.iter().any(|slot| slot[0] == EMPTY);
-        (is_table && made.filter.len() == (1 << FILTER_BITS) / 64).then_some(made)
+        let words = from.longs()?;
+        let (buckets, rest) = words.as_chunks();
+        let buckets = buckets.iter().map(|&[w, x, y, z, ab, cd, is_over]| Bucket {
+            slots: [w, x, y, z],
+            products: [ab as u32, (ab >> 32) as u32, cd as u32, (cd >> 32) as u32],
+            is_over,
+            unused: 0,
+        });
+        let mut made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new() };
+        let is_free = |bucket: &Bucket| bucket.is_over == 0 && bucket.slots == FREE.slots;
+        let is_table = made.buckets.last().is_some_and(is_free)
+            && made.size().is_power_of_two()
+            && made.buckets[..made.size()].iter().any(|bucket| bucket.is_over == 0);
+        if !is_table || !rest.is_empty() || made.filter.len() != (1 << FILTER_BITS) / 64 {
+            return None;
+        }
+        made.few = made.few();
+        Some(made)
     }
 }
 
@@ -292,27 +364,36 @@ impl Tokens {
     }
 }
 
-/// A linked list of at most [`MOST_LINEAR`] symbols that stay in place; kept from piece to piece.
-pub struct List {
-    ids: [u32; MOST_LINEAR],
+/// A linked list of symbols that stay in place, between two ends that merge with nothing; kept from piece to piece. `N` is a power of two.
+pub struct List<const N: usize> {
+    ids: [u32; N],
     /// Rank of each symbol with the next one, and below it its position: the least key is the leftmost pair of
     /// the lowest rank.
-    keys: [u32; MOST_LINEAR],
+    keys: [u32; N],
     /// What each symbol and the next one merge to.
-    products: [u32; MOST_LINEAR],
-    before: [u16; MOST_LINEAR],
-    after: [u16; MOST_LINEAR],
+    products: [u32; N],
+    before: [u16; N],
+    after: [u16; N],
     len: usize,
 }
 
-impl Default for List {
+/// A list for a window of a long piece.
+pub type LongList = List<{ 1 << POSITION_BITS }>;
+/// Symbols that are merged without a heap, at most.
+const MOST_LINEAR: usize = LongList::MOST;
+/// A list for a piece that is merged beside others.
+type ShortList = List<64>;
+/// Symbols of such a piece, at most.
+pub const SHORT: usize = ShortList::MOST;
+
+impl<const N: usize> Default for List<N> {
     fn default() -> Self {
         Self {
-            ids: [0; MOST_LINEAR],
-            keys: [NONE; MOST_LINEAR],
-            products: [NONE; MOST_LINEAR],
-            before: [0; MOST_LINEAR],
-            after: [0; MOST_LINEAR],
+            ids: [NO_ID; N],
+            keys: [NONE; N],
+            products: [NONE; N],
+            before: std::array::from_fn(|i| (i as u16).wrapping_sub(1)),
+            after: std::array::from_fn(|i| i as u16 + 1),
             len: 0,
         }
     }
@@ -320,33 +401,59 @@ impl Default for List {
 
 /// Keys compared side by side.
 const LANES: usize = 16;
-/// Keeps an index inside the arrays without a check.
-const MASK: usize = MOST_LINEAR - 1;
 
-impl List {
+/// A merge of which what the new symbol and its neighbours merge to is still to be found.
+#[derive(Clone, Copy)]
+struct Begun {
+    least: u32,
+    before: usize,
+    after: usize,
+    /// Where the two pairs would be.
+    places: [usize; 2],
+}
+
+impl<const N: usize> List<N> {
+    /// Symbols, at most.
+    const MOST: usize = N - 2;
+    /// Keeps an index inside the arrays without a check.
+    const MASK: usize = N - 1;
+
+    /// Takes new symbols, of which no neighbours are merged yet.
     #[inline(always)]
-    fn fill(&mut self, merges: &Merges, symbols: &[u32]) {
-        self.len = symbols.len().min(MOST_LINEAR);
-        self.keys[..self.len.next_multiple_of(LANES)].fill(NONE);
-        // All at once, for the same reason as in `merge`.
-        symbols.windows(2).for_each(|pair| merges.prefetch(pair[0], pair[1]));
-        let mut last = 0;
-        for (i, &id) in symbols.iter().enumerate().take(MOST_LINEAR) {
-            self.ids[i] = id;
+    fn start(&mut self, merges: &Merges, symbols: &[u32]) {
+        self.len = symbols.len().min(Self::MOST);
+        // All at once, for the same reason as in `begin`.
+        for pair in symbols.windows(2).filter(|pair| pair[0].max(pair[1]) >= FEW as u32) {
+            merges.place(pair[0], pair[1]);
+        }
+        self.ids[1..=self.len].copy_from_slice(&symbols[..self.len]);
+        let end = self.len + 1;
+        self.ids[end] = NO_ID;
+        self.keys[self.len..(end + 1).next_multiple_of(LANES)].fill(NONE);
+        for i in 0..=end {
             self.before[i] = (i as u16).wrapping_sub(1);
             self.after[i] = i as u16 + 1;
-            if i > 0 {
-                self.pair(merges, i - 1, last, id);
-            }
-            last = id;
         }
     }
 
-    /// Looks up the symbol at a place and the next one. Returns their key.
+    /// Looks up the pairs of new symbols.
     #[inline(always)]
-    fn pair(&mut self, merges: &Merges, at: usize, left: u32, right: u32) -> u32 {
-        let (rank, product) = merges.get(left, right);
-        let key = if rank == NONE { NONE } else { rank << POSITION_BITS | at as u32 };
+    fn look_up(&mut self, merges: &Merges) {
+        for i in 1..self.len {
+            let (left, right) = (self.ids[i], self.ids[i + 1]);
+            let (rank, product) = if left.max(right) < FEW as u32 {
+                merges.few[left as usize * FEW + right as usize].into()
+            } else {
+                merges.get(left, right)
+            };
+            self.pair(i, rank, product);
+        }
+    }
+
+    /// Keeps what a symbol and the next one merge to. Returns their key.
+    #[inline(always)]
+    fn pair(&mut self, at: usize, rank: u32, product: u32) -> u32 {
+        let key = select_unpredictable(rank == NONE, NONE, rank << POSITION_BITS | at as u32);
         (self.keys[at], self.products[at]) = (key, product);
         key
     }
@@ -354,7 +461,7 @@ impl List {
     #[inline(always)]
     fn least(&self) -> u32 {
         let mut lanes = [NONE; LANES];
-        for block in self.keys[..self.len.next_multiple_of(LANES)].as_chunks::<LANES>().0 {
+        for block in self.keys[..(self.len + 2).next_multiple_of(LANES)].as_chunks::<LANES>().0 {
             for (lane, &key) in lanes.iter_mut().zip(block) {
                 *lane = (*lane).min(key);
             }
@@ -362,56 +469,128 @@ impl List {
         lanes.into_iter().fold(NONE, u32::min)
     }
 
-    /// Makes the pair of this key one symbol. Returns the key of the pair right after if that is now the least.
+    /// Makes the pair of this key one symbol.
     #[inline(always)]
-    fn merge(&mut self, merges: &Merges, least: u32) -> Option<u32> {
-        let at = least as usize & MASK;
-        let next = usize::from(self.after[at]) & MASK;
-        let following = usize::from(self.after[next]);
-        let id = self.products[at];
-        self.ids[at] = id;
+    fn begin(&mut self, merges: &Merges, least: u32) -> Begun {
+        let at = least as usize & Self::MASK;
+        let next = usize::from(self.after[at]) & Self::MASK;
+        let after = usize::from(self.after[next]) & Self::MASK;
+        let before = usize::from(self.before[at]) & Self::MASK;
+        self.ids[at] = self.products[at];
         self.keys[next] = NONE;
-        self.after[at] = following as u16;
-        let previous = usize::from(self.before[at]) & MASK;
-        // Both at once: a look at a pair ends in a branch that is often foreseen wrongly.
-        merges.prefetch(self.ids[previous], id);
-        let (mut right, mut left, mut after) = (NONE, NONE, NONE);
-        if following < self.len {
-            self.before[following & MASK] = at as u16;
-            after = self.keys[following & MASK];
-            right = self.pair(merges, at, id, self.ids[following & MASK]);
-        } else {
-            self.keys[at] = NONE;
-        }
-        if at > 0 {
-            left = self.pair(merges, previous, self.ids[previous], id);
-        }
-        let is_same = after >> POSITION_BITS == least >> POSITION_BITS;
-        (is_same && after < right.min(left)).then_some(after)
+        self.after[at] = after as u16;
+        self.before[after] = at as u16;
+        // Both at once, before either is looked at.
+        let places =
+            [merges.place(self.ids[before], self.ids[at]), merges.place(self.ids[at], self.ids[after])];
+        Begun { least, before, after, places }
+    }
+
+    /// Looks up the pairs of the new symbol. Returns the key of the pair right after if that is now the least.
+    #[inline(always)]
+    fn finish(&mut self, merges: &Merges, begun: Begun) -> Option<u32> {
+        let Begun { least, before, after, places } = begun;
+        let at = least as usize & Self::MASK;
+        let next = self.keys[after];
+        let (rank, product) = merges.get_at(places[1], self.ids[at], self.ids[after]);
+        let right = self.pair(at, rank, product);
+        let (rank, product) = merges.get_at(places[0], self.ids[before], self.ids[at]);
+        let left = self.pair(before, rank, product);
+        let is_same = next >> POSITION_BITS == least >> POSITION_BITS;
+        (is_same && next < right.min(left)).then_some(next)
     }
 
     /// Hands each symbol that is left, and where it starts, to `take`.
     #[inline(always)]
     fn each(&self, mut take: impl FnMut(u32, usize)) {
-        let mut at = 0;
-        while at < self.len {
-            take(self.ids[at], at);
-            at = usize::from(self.after[at]);
+        let mut at = 1;
+        while at <= self.len {
+            take(self.ids[at], at - 1);
+            at = usize::from(self.after[at & Self::MASK]);
         }
     }
 }
 
 multiversion! {
-    fn merge_linear(merges: &Merges, symbols: &[u32], list: &mut List) {
-        list.fill(merges, symbols);
+    fn merge_linear(merges: &Merges, symbols: &[u32], list: &mut LongList) {
+        list.start(merges, symbols);
+        list.look_up(merges);
         loop {
             let mut least = list.least();
             if least == NONE {
                 break;
             }
             // In a run of one symbol the next pair is often the next to merge, and need not be searched for.
-            while let Some(next) = list.merge(merges, least) {
+            while let Some(next) = { let begun = list.begin(merges, least); list.finish(merges, begun) } {
                 least = next;
+            }
+        }
+    }
+}
+
+/// Pieces to merge.
+pub trait Pieces {
+    /// Puts the symbols of the next piece, at most [`SHORT`], in place of others. None if there is no more.
+    fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize>;
+
+    /// Takes what the symbols of a piece merge to.
+    fn take(&mut self, piece: usize, ids: &[u32]);
+}
+
+/// Pieces that are merged side by side.
+const BESIDE: usize = 4;
+
+/// What merging several pieces needs.
+#[derive(Default)]
+pub struct Lists {
+    lists: [ShortList; BESIDE],
+    symbols: Vec<u32>,
+    ids: Vec<u32>,
+}
+
+multiversion! {
+    /// While a slot is loaded that one piece's merge needs, the others are merged.
+    fn merge_side_by_side<P: Pieces>(merges: &Merges, lists: &mut Lists, pieces: &mut P) {
+        let Lists { lists, symbols, ids } = lists;
+        let mut busy = 0;
+        let mut order: [usize; BESIDE] = std::array::from_fn(|i| i);
+        let mut of = [0; BESIDE];
+        // None for new symbols.
+        let mut begun = [None; BESIDE];
+        for i in 0..BESIDE {
+            let Some(piece) = pieces.next(symbols) else { break };
+            lists[i].start(merges, symbols);
+            (of[i], busy) = (piece, i + 1);
+        }
+        while busy > 0 {
+            for &i in &order[..busy] {
+                match begun[i] {
+                    Some(begun) => _ = lists[i].finish(merges, begun),
+                    None => lists[i].look_up(merges),
+                }
+            }
+            let mut nth = 0;
+            while nth < busy {
+                let i = order[nth];
+                let list = &mut lists[i];
+                let least = list.least();
+                if least != NONE {
+                    begun[i] = Some(list.begin(merges, least));
+                    nth += 1;
+                    continue;
+                }
+                ids.clear();
+                list.each(|id, _| ids.push(id));
+                pieces.take(of[i], ids);
+                begun[i] = None;
+                if let Some(piece) = pieces.next(symbols) {
+                    list.start(merges, symbols);
+                    of[i] = piece;
+                    nth += 1;
+                } else {
+                    busy -= 1;
+                    order.swap(nth, busy);
+                }
             }
         }
     }
@@ -474,8 +653,54 @@ mod tests {
         Merges::new(&list).unwrap()
     }
 
+    struct Each<'a> {
+        pieces: &'a [Vec<u32>],
+        next: usize,
+        merged: Vec<Option<Vec<u32>>>,
+    }
+
+    impl Pieces for Each<'_> {
+        fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize> {
+            symbols.clear();
+            symbols.extend(self.pieces.get(self.next)?);
+            self.next += 1;
+            Some(self.next - 1)
+        }
+
+        fn take(&mut self, piece: usize, ids: &[u32]) {
+            assert_eq!(self.merged[piece].replace(ids.to_vec()), None);
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(3000))]
+        #[test]
+        fn pieces_beside_each_other_are_the_definition(
+            picks in prop::collection::vec(any::<(u32, u32)>(), 0..60),
+            backwards in any::<bool>(),
+            kinds in prop_oneof![1..4u32, Just(2 * FEW as u32)],
+            pieces in prop::collection::vec(prop::collection::vec(any::<u32>(), 0..=SHORT), 0..12),
+        ) {
+            let merges = table(&picks, kinds, backwards, 1);
+            // Such that most symbols have merges.
+            let known = |pick: u32| match picks.len() as u32 {
+                count if pick & 1 == 1 && count > 0 => picks[(pick >> 1) as usize % count as usize].0 % kinds,
+                _ => pick % kinds,
+            };
+            let pieces: Vec<Vec<u32>> =
+                pieces.into_iter().map(|piece| piece.into_iter().map(known).collect()).collect();
+            let mut each = Each { pieces: &pieces, next: 0, merged: vec![None; pieces.len()] };
+            let mut lists = Lists::default();
+            // The lists have been used before.
+            for _ in 0..2 {
+                (each.next, each.merged) = (0, vec![None; pieces.len()]);
+                merges.merge_each(&mut lists, &mut each);
+                for (piece, merged) in pieces.iter().zip(&each.merged) {
+                    prop_assert_eq!(merged.as_ref(), Some(&naive(&merges, piece)));
+                }
+            }
+        }
+
         #[test]
         fn every_length_is_the_definition(
             picks in prop::collection::vec(any::<(u32, u32)>(), 0..60),
@@ -495,7 +720,7 @@ mod tests {
                 .collect();
             let expected = naive(&merges, &symbols);
             let mut out = Vec::new();
-            merges.merge(&symbols, &mut List::default(), &mut out);
+            merges.merge(&symbols, &mut LongList::default(), &mut out);
             prop_assert_eq!(&out, &expected);
             let mut tokens = Tokens::default();
             merges.merge_heap(&symbols, 0, &mut tokens);

@@ -37,11 +37,25 @@ impl Model {
         matches!(self, Self::Bpe(bpe) if bpe.is_byte_level())
     }
 
-    fn encode(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
-        match self {
-            Self::Bpe(bpe) => bpe.encode(piece, work, out),
-            Self::WordPiece(wordpiece) => wordpiece.encode(piece, out),
-            Self::Unigram(unigram) => unigram.encode(piece, out),
+    /// Hands the number of each piece and its ids to `take`, in some order.
+    fn encode_each<'t>(
+        &self,
+        pieces: impl Iterator<Item = &'t [u8]>,
+        work: &mut Work,
+        ids: &mut Vec<u32>,
+        mut take: impl FnMut(usize, &[u32]),
+    ) {
+        if let Self::Bpe(bpe) = self {
+            return bpe.encode_each(pieces, work, take);
+        }
+        for (i, piece) in pieces.enumerate() {
+            ids.clear();
+            match self {
+                Self::Bpe(_) => {}
+                Self::WordPiece(wordpiece) => wordpiece.encode(piece, ids),
+                Self::Unigram(unigram) => unigram.encode(piece, ids),
+            }
+            take(i, ids);
         }
     }
 }
@@ -56,6 +70,9 @@ pub struct Scratch {
     long: LongCache,
     work: Box<Work>,
     keys: Box<[(Key, u64); BATCH]>,
+    /// Pieces that no cache has, and their hashes.
+    missing: Vec<(usize, u64)>,
+    ids: Vec<u32>,
 }
 
 impl Scratch {
@@ -67,6 +84,8 @@ impl Scratch {
             long: LongCache::new(1),
             work: Box::default(),
             keys: Box::new([(Key::default(), 0); BATCH]),
+            missing: Vec::new(),
+            ids: Vec::new(),
         }
     }
 }
@@ -128,7 +147,7 @@ impl Encoder<'_> {
 impl Sink for Encoder<'_> {
     #[inline]
     fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
-        let Scratch { shared, short, long, work, keys } = &mut *self.scratch;
+        let Scratch { shared, short, long, work, keys, missing, ids } = &mut *self.scratch;
         // The tokenizer has one, each thread another.
         let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
         for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter_mut()) {
@@ -142,23 +161,53 @@ impl Sink for Encoder<'_> {
             }
         }
         self.out.reserve(INLINE * pieces.len());
-        for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter()) {
-            let before = self.out.len();
-            if end - start <= cache::LONGEST {
-                if !short.append(key, *hash, self.out) {
-                    self.model.encode(&text[start..end], work, self.out);
-                    short.insert(key, *hash, &self.out[before..]);
+        let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
+        let is_short = |i: usize| pieces[i].1 - pieces[i].0 <= cache::LONGEST;
+        for i in 0..pieces.len() {
+            let (key, hash) = &keys[i];
+            if is_short(i) {
+                if short.append(key, *hash, self.out) {
+                    continue;
                 }
-            } else if let Some(ids) = long.get(&text[start..end], *hash) {
+            } else if let Some(ids) = long.get(piece(i), *hash) {
                 self.out.extend_from_slice(ids);
-            } else {
-                let mut encode = |out: &mut Vec<u32>| self.model.encode(&text[start..end], work, out);
-                match others {
-                    Some(others) => others.append(&text[start..end], *hash, self.out, encode),
-                    None => encode(self.out),
-                }
-                long.insert(&text[start..end], *hash, &self.out[before..]);
+                continue;
             }
+            // Those of the rest that are not there either are encoded beside it.
+            missing.clear();
+            for j in i..pieces.len() {
+                let (key, hash) = &keys[j];
+                let is_there = if is_short(j) {
+                    short.has(key, *hash)
+                } else {
+                    long.get(piece(j), *hash).is_some()
+                        || others.is_some_and(|others| {
+                            others.get(piece(j), *hash, |ids| {
+                                if i == j {
+                                    self.out.extend_from_slice(ids);
+                                }
+                                long.insert(piece(j), *hash, ids);
+                            })
+                        })
+                };
+                if !is_there && !missing.iter().any(|&(_, other)| other == *hash) {
+                    missing.push((j, *hash));
+                }
+            }
+            self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, ids, |nth, ids| {
+                let (j, hash) = missing[nth];
+                if i == j {
+                    self.out.extend_from_slice(ids);
+                }
+                if is_short(j) {
+                    short.insert(&keys[j].0, hash, ids);
+                } else {
+                    if let Some(others) = others {
+                        others.insert(piece(j), hash, ids);
+                    }
+                    long.insert(piece(j), hash, ids);
+                }
+            });
         }
         if let Some(counted) = &mut self.counted {
             *counted += self.out.len();

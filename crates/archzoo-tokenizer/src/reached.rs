@@ -19,7 +19,7 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use crate::bpe::MISSING;
 use crate::cache::prefetch;
 use crate::cache_file::{Reader, Writer};
-use crate::merges::{List, Merge, Merges, NONE};
+use crate::merges::{LongList, Merge, Merges, NONE};
 use crate::vocab::{Vocab, hash};
 
 /// How a token is made from its bytes.
@@ -71,7 +71,7 @@ impl Reached {
         for (i, (&Merge { left, right, rank, product }, is_kept)) in list.iter().zip(&mut is_kept).enumerate()
         {
             if let Some(later) = list.get(i + 16) {
-                table.prefetch(later.left, later.right);
+                table.place(later.left, later.right);
                 prefetch(&made.tokens[later.left as usize]);
                 prefetch(&made.tokens[later.right as usize]);
             }
@@ -88,7 +88,7 @@ impl Reached {
         }
         let is_made = |id: u32| made.tokens[id as usize].rank != NONE;
         // A merge whose parts are made only later may still be one that is made.
-        let (mut buffers, mut merged) = (List::default(), Vec::new());
+        let (mut buffers, mut merged) = (LongList::default(), Vec::new());
         let mut odd = BTreeSet::new();
         for (left, right, product) in late {
             if is_made(left) && is_made(right) && !is_made(product) {
@@ -309,7 +309,7 @@ mod tests {
                 })
                 .collect();
             let symbols: Vec<u32> = text.iter().map(|&b| bytes[usize::from(b)]).collect();
-            let (mut list, mut expected, mut merged) = (List::default(), Vec::new(), Vec::new());
+            let (mut list, mut expected, mut merged) = (LongList::default(), Vec::new(), Vec::new());
             full.merge(&symbols, &mut list, &mut expected);
             pruned.merge(&symbols, &mut list, &mut merged);
             prop_assert_eq!(&merged, &expected);

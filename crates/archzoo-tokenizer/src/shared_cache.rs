@@ -1,6 +1,6 @@
 //! The ids of long pieces that any thread has seen.
 
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use crate::long_cache::LongCache;
 
@@ -18,20 +18,27 @@ impl Default for SharedCache {
 }
 
 impl SharedCache {
-    /// Appends the ids of a piece to `out`: those that are known, else what `encode` appends.
-    pub fn append(&self, piece: &[u8], hash: u64, out: &mut Vec<u32>, encode: impl FnOnce(&mut Vec<u32>)) {
+    /// Hands the ids of a piece to `found`, or returns false.
+    pub fn get(&self, piece: &[u8], hash: u64, found: impl FnOnce(&[u32])) -> bool {
+        let part = self.part(hash);
+        part.as_ref().and_then(|part| part.get(piece, hash)).map(found).is_some()
+    }
+
+    /// Keeps the ids of a piece, unless another thread is at it.
+    pub fn insert(&self, piece: &[u8], hash: u64, ids: &[u32]) {
+        if let Some(mut part) = self.part(hash)
+            && part.get(piece, hash).is_none()
+        {
+            part.insert(piece, hash, ids);
+        }
+    }
+
+    fn part(&self, hash: u64) -> Option<MutexGuard<'_, LongCache>> {
         // The caches themselves use the lowest bits.
-        let mut part = match self.0[(hash >> 32) as usize % PARTS].try_lock() {
-            Ok(part) => part,
-            Err(TryLockError::Poisoned(part)) => PoisonError::into_inner(part),
-            Err(TryLockError::WouldBlock) => return encode(out),
-        };
-        if let Some(ids) = part.get(piece, hash) {
-            out.extend_from_slice(ids);
-        } else {
-            let before = out.len();
-            encode(out);
-            part.insert(piece, hash, &out[before..]);
+        match self.0[(hash >> 32) as usize % PARTS].try_lock() {
+            Ok(part) => Some(part),
+            Err(TryLockError::Poisoned(part)) => Some(PoisonError::into_inner(part)),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 }
@@ -47,13 +54,12 @@ mod tests {
         let pieces: Vec<Vec<u8>> = (0..2000u32).map(|i| i.to_le_bytes().repeat(4 + i as usize % 9)).collect();
         let ids = |piece: &[u8]| piece.chunks(3).map(|c| u32::from(c[0])).collect::<Vec<_>>();
         let encoded = |piece: &[u8]| {
-            let (mut out, mut was_encoded) = (vec![7], false);
-            cache.append(piece, crate::vocab::hash(piece), &mut out, |out| {
-                was_encoded = true;
-                out.extend(ids(piece));
-            });
-            assert_eq!(out[1..], ids(piece));
-            was_encoded
+            let hash = crate::vocab::hash(piece);
+            let is_known = cache.get(piece, hash, |found| assert_eq!(found, ids(piece)));
+            if !is_known {
+                cache.insert(piece, hash, &ids(piece));
+            }
+            !is_known
         };
         (0..8).into_par_iter().for_each(|_| pieces.iter().for_each(|piece| _ = encoded(piece)));
         assert!(!pieces.iter().any(|piece| encoded(piece)));

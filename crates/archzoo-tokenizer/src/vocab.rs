@@ -3,7 +3,11 @@ use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 
 /// Largest number of ids: two of them and a rank share one word in the table of merges.
-pub const MOST_IDS: usize = 1 << 21;
+pub const MOST_IDS: usize = (1 << ID_BITS) - 1;
+/// Bits of an id.
+pub const ID_BITS: u32 = 21;
+/// What no token has.
+pub const NO_ID: u32 = MOST_IDS as u32;
 
 /// Tokens by id, and ids by token.
 #[derive(Debug, Clone)]
