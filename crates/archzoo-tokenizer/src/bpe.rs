@@ -1,3 +1,5 @@
+use std::iter::{Enumerate, Fuse};
+
 use crate::cache_file::{Reader, Table, Writer};
 use crate::chars::Chars;
 use crate::error::Result;
@@ -25,7 +27,8 @@ pub enum Symbols {
 pub struct Work {
     lists: Lists,
     long: LongList,
-    ids: Vec<u32>,
+    /// Those of a piece.
+    pub ids: Vec<u32>,
 }
 
 /// Byte-pair encoding.
@@ -100,10 +103,11 @@ impl Bpe {
         take: impl FnMut(usize, &[u32]),
     ) {
         let Work { lists, long, ids } = work;
-        self.merges.merge_each(lists, &mut Each { bpe: self, pieces: pieces.enumerate(), long, ids, take });
+        self.merges
+            .merge_each(lists, &mut Each { bpe: self, pieces: pieces.fuse().enumerate(), long, ids, take });
     }
 
-    /// Appends the ids of a piece that needs no merging to `out`.
+    /// Appends the ids of a piece that needs no merging to `out`, or returns false.
     fn known(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
         if self.ignore_merges
             && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
@@ -168,7 +172,7 @@ impl Bpe {
 /// Pieces on their way into [`Merges::merge_each`].
 struct Each<'a, I, F> {
     bpe: &'a Bpe,
-    pieces: std::iter::Enumerate<I>,
+    pieces: Enumerate<Fuse<I>>,
     long: &'a mut LongList,
     ids: &'a mut Vec<u32>,
     take: F,
@@ -240,6 +244,9 @@ impl Table for Bpe {
             return None;
         };
         let [unknown] = from.words()?[..] else { return None };
+        if !is_there(&unknown) {
+            return None;
+        }
         let reached = if has_reached { Some(Reached::read(from, &vocab)?) } else { None };
         let table = || <[u32; 256]>::try_from(bytes.as_slice()).ok().map(Box::new);
         let symbols = match (is_chars, bytes.is_empty()) {

@@ -22,7 +22,7 @@ pub trait Table: Sized {
 
 /// Tables, one after the other, little-endian.
 #[derive(Default)]
-pub struct Writer(Vec<u8>);
+pub struct Writer(pub Vec<u8>);
 
 impl Writer {
     /// Appends bytes.
@@ -45,7 +45,7 @@ impl Writer {
 }
 
 /// What is left of a file to read.
-pub struct Reader<'a>(&'a [u8]);
+pub struct Reader<'a>(pub &'a [u8]);
 
 impl<'a> Reader<'a> {
     /// Bytes.
@@ -112,11 +112,12 @@ pub fn write(path: &Path, hash: &blake3::Hash, around: &str, model: &Bpe) -> Res
 
 /// Tables as they are in a file, and the ids that they give: for fuzzing, which finds no checksum.
 #[cfg(fuzzing)]
-pub fn encode_by(tables: &[u8], piece: &[u8]) -> Option<Vec<u32>> {
+pub fn encode_by(tables: &[u8], pieces: &[&[u8]]) -> Option<Vec<u32>> {
     let (_, model) = parse(tables)?;
-    let mut ids = Vec::new();
-    model.encode(piece, &mut crate::bpe::Work::default(), &mut ids);
-    Some(ids)
+    let mut all = Vec::new();
+    let mut work = Box::default();
+    model.encode_each(pieces.iter().copied(), &mut work, |_, ids| all.extend_from_slice(ids));
+    Some(all)
 }
 
 /// The tables of the byte-pair model in a tokenizer's file.

@@ -19,7 +19,7 @@ pub const NONE: u32 = u32::MAX;
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
 /// Symbols of a long piece's first window.
-const WINDOW: usize = 64;
+const WINDOW: usize = SHORT;
 const POSITION_BITS: u32 = 11;
 
 /// Two tokens that merge to a third.
@@ -43,8 +43,9 @@ pub struct Merges {
     /// A bit for each hash of [`FILTER_BITS`] that some pair has: most pairs do not merge, and this tells it from a
     /// nearer cache than the buckets.
     filter: Vec<u64>,
-    /// Rank and product of each pair of the first [`FEW`] ids, which bytes mostly are.
+    /// Rank and product of each pair of the [`FEW`] ids from the first one on: bytes mostly are among them.
     few: Vec<[u32; 2]>,
+    first: u32,
 }
 
 const FILTER_BITS: u32 = 20;
@@ -57,14 +58,13 @@ struct Bucket {
     /// Left id, right id, rank.
     slots: [u64; PAIRS],
     products: [u32; PAIRS],
-    /// Whether a pair that belongs here is in the next bucket, or behind it.
+    /// Whether a pair that belongs here, or before, is behind this bucket.
     is_over: u64,
-    unused: u64,
 }
 
 /// Pairs of a bucket, at most.
 const PAIRS: usize = 4;
-const FREE: Bucket = Bucket { slots: [EMPTY; PAIRS], products: [0; PAIRS], is_over: 0, unused: 0 };
+const FREE: Bucket = Bucket { slots: [EMPTY; PAIRS], products: [0; PAIRS], is_over: 0 };
 const MOST_RANKS: u32 = 1 << RANK_BITS;
 
 impl Bucket {
@@ -82,8 +82,12 @@ impl Merges {
             return Err(Error::unsupported(format!("more than {} merges", MOST_RANKS - 1)));
         }
         let size = ((2 * merges.len() + 2) / PAIRS).next_power_of_two();
-        let mut made =
-            Self { buckets: vec![FREE; size + 1], filter: vec![0; (1 << FILTER_BITS) / 64], few: Vec::new() };
+        let mut made = Self {
+            buckets: vec![FREE; size + 1],
+            filter: vec![0; (1 << FILTER_BITS) / 64],
+            few: Vec::new(),
+            first: 0,
+        };
         for (i, merge) in merges.iter().enumerate() {
             if let Some(later) = merges.get(i + 16) {
                 prefetch(&made.buckets[home(hash(pair(later.left, later.right)), size)]);
@@ -105,18 +109,26 @@ impl Merges {
             made.buckets[at].slots[slot] = key << RANK_BITS | u64::from(merge.rank);
             made.buckets[at].products[slot] = merge.product;
         }
-        made.few = made.few();
+        made.fill_few();
         Ok(made)
     }
 
-    fn few(&self) -> Vec<[u32; 2]> {
+    fn fill_few(&mut self) {
+        self.first = self.each().map(|merge| merge.left.min(merge.right)).min().unwrap_or(0);
         let mut few = vec![[NONE; 2]; FEW * FEW];
         for Merge { left, right, rank, product } in self.each() {
-            if left.max(right) < FEW as u32 {
-                few[left as usize * FEW + right as usize] = [rank, product];
+            if let Some(i) = self.of_few(left, right) {
+                few[i] = [rank, product];
             }
         }
-        few
+        self.few = few;
+    }
+
+    /// Where a pair is among those of few ids.
+    #[inline(always)]
+    fn of_few(&self, left: u32, right: u32) -> Option<usize> {
+        let [left, right] = [left, right].map(|id| id.wrapping_sub(self.first) as usize);
+        (left.max(right) < FEW).then(|| left * FEW + right)
     }
 
     /// Number of buckets that pairs have.
@@ -125,9 +137,9 @@ impl Merges {
         self.buckets.len() - 1
     }
 
-    /// Where a pair would be, which starts to be loaded.
+    /// Starts to load where a pair would be. Returns the place.
     #[inline(always)]
-    pub fn place(&self, left: u32, right: u32) -> usize {
+    pub fn seek(&self, left: u32, right: u32) -> usize {
         let hash = hash(pair(left, right));
         let bits = self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63);
         // Whether two symbols merge follows no pattern that a processor could foresee.
@@ -159,7 +171,7 @@ impl Merges {
     /// Rank and product of a pair; [`NONE`] for both if it does not merge.
     #[inline(always)]
     pub fn get(&self, left: u32, right: u32) -> (u32, u32) {
-        self.get_at(self.place(left, right), left, right)
+        self.get_at(self.seek(left, right), left, right)
     }
 
     /// Rank of a pair.
@@ -310,9 +322,8 @@ impl Table for Merges {
             slots: [w, x, y, z],
             products: [ab as u32, (ab >> 32) as u32, cd as u32, (cd >> 32) as u32],
             is_over,
-            unused: 0,
         });
-        let mut made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new() };
+        let mut made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new(), first: 0 };
         let is_free = |bucket: &Bucket| bucket.is_over == 0 && bucket.slots == FREE.slots;
         let is_table = made.buckets.last().is_some_and(is_free)
             && made.size().is_power_of_two()
@@ -320,7 +331,7 @@ impl Table for Merges {
         if !is_table || !rest.is_empty() || made.filter.len() != (1 << FILTER_BITS) / 64 {
             return None;
         }
-        made.few = made.few();
+        made.fill_few();
         Some(made)
     }
 }
@@ -364,7 +375,7 @@ impl Tokens {
     }
 }
 
-/// A linked list of symbols that stay in place, between two ends that merge with nothing; kept from piece to piece. `N` is a power of two.
+/// A linked list of symbols that stay in place, between two ends that merge with nothing; kept from piece to piece.
 pub struct List<const N: usize> {
     ids: [u32; N],
     /// Rank of each symbol with the next one, and below it its position: the least key is the leftmost pair of
@@ -421,10 +432,11 @@ impl<const N: usize> List<N> {
     /// Takes new symbols, of which no neighbours are merged yet.
     #[inline(always)]
     fn start(&mut self, merges: &Merges, symbols: &[u32]) {
+        const { assert!(N.is_power_of_two() && N.is_multiple_of(LANES) && N <= 1 << POSITION_BITS) };
         self.len = symbols.len().min(Self::MOST);
-        // All at once, for the same reason as in `begin`.
-        for pair in symbols.windows(2).filter(|pair| pair[0].max(pair[1]) >= FEW as u32) {
-            merges.place(pair[0], pair[1]);
+        // All at once, so that they load beside each other.
+        for pair in symbols.windows(2).filter(|pair| merges.of_few(pair[0], pair[1]).is_none()) {
+            merges.seek(pair[0], pair[1]);
         }
         self.ids[1..=self.len].copy_from_slice(&symbols[..self.len]);
         let end = self.len + 1;
@@ -441,10 +453,9 @@ impl<const N: usize> List<N> {
     fn look_up(&mut self, merges: &Merges) {
         for i in 1..self.len {
             let (left, right) = (self.ids[i], self.ids[i + 1]);
-            let (rank, product) = if left.max(right) < FEW as u32 {
-                merges.few[left as usize * FEW + right as usize].into()
-            } else {
-                merges.get(left, right)
+            let (rank, product) = match merges.of_few(left, right) {
+                Some(i) => merges.few[i].into(),
+                None => merges.get(left, right),
             };
             self.pair(i, rank, product);
         }
@@ -480,9 +491,9 @@ impl<const N: usize> List<N> {
         self.keys[next] = NONE;
         self.after[at] = after as u16;
         self.before[after] = at as u16;
-        // Both at once, before either is looked at.
+        // Both at once, so that they load beside each other, and while other lists go on.
         let places =
-            [merges.place(self.ids[before], self.ids[at]), merges.place(self.ids[at], self.ids[after])];
+            [merges.seek(self.ids[before], self.ids[at]), merges.seek(self.ids[at], self.ids[after])];
         Begun { least, before, after, places }
     }
 
@@ -530,7 +541,8 @@ multiversion! {
 
 /// Pieces to merge.
 pub trait Pieces {
-    /// Puts the symbols of the next piece, at most [`SHORT`], in place of others. None if there is no more.
+    /// Puts the symbols of the next piece, at most [`SHORT`], in place of others. None if there is no more, and then
+    /// always.
     fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize>;
 
     /// Takes what the symbols of a piece merge to.
@@ -549,7 +561,7 @@ pub struct Lists {
 }
 
 multiversion! {
-    /// While a slot is loaded that one piece's merge needs, the others are merged.
+    /// While a bucket is loaded that one piece's merge needs, the others are merged.
     fn merge_side_by_side<P: Pieces>(merges: &Merges, lists: &mut Lists, pieces: &mut P) {
         let Lists { lists, symbols, ids } = lists;
         let mut busy = 0;
@@ -616,6 +628,7 @@ fn pair(left: u32, right: u32) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::HashMap;
 
     /// The definition: the leftmost pair of lowest rank, again and again.
     fn naive(merges: &Merges, symbols: &[u32]) -> Vec<u32> {
@@ -675,13 +688,53 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(3000))]
         #[test]
+        fn pairs_are_those_of_the_list(
+            picks in prop::collection::vec((0..40u32, 0..40u32), 0..800),
+            first in prop_oneof![Just(0), 0..400u32, Just(NO_ID - 1000)],
+            spread in prop_oneof![Just(1), Just(10), Just(20)],
+        ) {
+            let list: Vec<_> = picks
+                .iter()
+                .zip(0..)
+                .map(|(&(left, right), rank)| Merge {
+                    left: first + left * spread,
+                    right: first + right * spread,
+                    rank,
+                    product: rank,
+                })
+                .collect();
+            let expected: HashMap<_, _> =
+                list.iter().map(|merge| ((merge.left, merge.right), (merge.rank, merge.product))).collect();
+            let made = Merges::new(&list).unwrap();
+            let mut out = Writer::default();
+            made.write(&mut out);
+            let read = Merges::read(&mut Reader(&out.0)).unwrap();
+            for merges in [made, read] {
+                let each: HashMap<_, _> =
+                    merges.each().map(|merge| ((merge.left, merge.right), (merge.rank, merge.product))).collect();
+                prop_assert_eq!(&each, &expected);
+                for (left, right) in (0..40).flat_map(|left| (0..40).map(move |right| (left, right))) {
+                    let (left, right) = (first + left * spread, first + right * spread);
+                    let found = expected.get(&(left, right)).copied().unwrap_or((NONE, NONE));
+                    prop_assert_eq!(merges.get(left, right), found);
+                    if let Some(i) = merges.of_few(left, right) {
+                        prop_assert_eq!(merges.few[i], <[u32; 2]>::from(found));
+                    }
+                }
+                prop_assert_eq!(merges.get(NO_ID, first), (NONE, NONE));
+                prop_assert_eq!(merges.get(first, NO_ID), (NONE, NONE));
+            }
+        }
+
+        #[test]
         fn pieces_beside_each_other_are_the_definition(
             picks in prop::collection::vec(any::<(u32, u32)>(), 0..60),
             backwards in any::<bool>(),
+            ties in prop_oneof![2 => 1..2u32, 1 => 2..20u32],
             kinds in prop_oneof![1..4u32, Just(2 * FEW as u32)],
             pieces in prop::collection::vec(prop::collection::vec(any::<u32>(), 0..=SHORT), 0..12),
         ) {
-            let merges = table(&picks, kinds, backwards, 1);
+            let merges = table(&picks, kinds, backwards, ties);
             // Such that most symbols have merges.
             let known = |pick: u32| match picks.len() as u32 {
                 count if pick & 1 == 1 && count > 0 => picks[(pick >> 1) as usize % count as usize].0 % kinds,

@@ -42,26 +42,25 @@ impl Model {
         &self,
         pieces: impl Iterator<Item = &'t [u8]>,
         work: &mut Work,
-        ids: &mut Vec<u32>,
         mut take: impl FnMut(usize, &[u32]),
     ) {
-        if let Self::Bpe(bpe) = self {
-            return bpe.encode_each(pieces, work, take);
-        }
+        let encode: &dyn Fn(&[u8], &mut Vec<u32>) = match self {
+            Self::Bpe(bpe) => return bpe.encode_each(pieces, work, take),
+            Self::WordPiece(wordpiece) => &|piece, ids| wordpiece.encode(piece, ids),
+            Self::Unigram(unigram) => &|piece, ids| unigram.encode(piece, ids),
+        };
         for (i, piece) in pieces.enumerate() {
-            ids.clear();
-            match self {
-                Self::Bpe(_) => {}
-                Self::WordPiece(wordpiece) => wordpiece.encode(piece, ids),
-                Self::Unigram(unigram) => unigram.encode(piece, ids),
-            }
-            take(i, ids);
+            work.ids.clear();
+            encode(piece, &mut work.ids);
+            take(i, &work.ids);
         }
     }
 }
 
 /// At most 16 MB a thread.
 const MOST_SHORT: usize = 1 << 19;
+/// Bytes of a piece that is encoded beside another, at most: such that the caches keep those of a batch.
+const MOST_BESIDE: usize = 256;
 
 /// What one thread keeps from call to call: pieces that it has seen, and buffers.
 pub struct Scratch {
@@ -72,7 +71,6 @@ pub struct Scratch {
     keys: Box<[(Key, u64); BATCH]>,
     /// Pieces that no cache has, and their hashes.
     missing: Vec<(usize, u64)>,
-    ids: Vec<u32>,
 }
 
 impl Scratch {
@@ -85,7 +83,6 @@ impl Scratch {
             work: Box::default(),
             keys: Box::new([(Key::default(), 0); BATCH]),
             missing: Vec::new(),
-            ids: Vec::new(),
         }
     }
 }
@@ -147,7 +144,7 @@ impl Encoder<'_> {
 impl Sink for Encoder<'_> {
     #[inline]
     fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
-        let Scratch { shared, short, long, work, keys, missing, ids } = &mut *self.scratch;
+        let Scratch { shared, short, long, work, keys, missing } = &mut *self.scratch;
         // The tokenizer has one, each thread another.
         let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
         for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter_mut()) {
@@ -162,7 +159,8 @@ impl Sink for Encoder<'_> {
         }
         self.out.reserve(INLINE * pieces.len());
         let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
-        let is_short = |i: usize| pieces[i].1 - pieces[i].0 <= cache::LONGEST;
+        let length = |i: usize| pieces[i].1 - pieces[i].0;
+        let is_short = |i: usize| length(i) <= cache::LONGEST;
         for i in 0..pieces.len() {
             let (key, hash) = &keys[i];
             if is_short(i) {
@@ -175,7 +173,7 @@ impl Sink for Encoder<'_> {
             }
             // Those of the rest that are not there either are encoded beside it.
             missing.clear();
-            for j in i..pieces.len() {
+            for j in (i..pieces.len()).filter(|&j| i == j || length(j) <= MOST_BESIDE) {
                 let (key, hash) = &keys[j];
                 let is_there = if is_short(j) {
                     short.has(key, *hash)
@@ -194,7 +192,7 @@ impl Sink for Encoder<'_> {
                     missing.push((j, *hash));
                 }
             }
-            self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, ids, |nth, ids| {
+            self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, |nth, ids| {
                 let (j, hash) = missing[nth];
                 if i == j {
                     self.out.extend_from_slice(ids);

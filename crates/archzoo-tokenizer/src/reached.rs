@@ -71,7 +71,7 @@ impl Reached {
         for (i, (&Merge { left, right, rank, product }, is_kept)) in list.iter().zip(&mut is_kept).enumerate()
         {
             if let Some(later) = list.get(i + 16) {
-                table.place(later.left, later.right);
+                table.seek(later.left, later.right);
                 prefetch(&made.tokens[later.left as usize]);
                 prefetch(&made.tokens[later.right as usize]);
             }
@@ -226,6 +226,12 @@ impl Reached {
             return None;
         }
         let tokens: Vec<_> = tokens.iter().map(|&[left, right, rank]| Token { left, right, rank }).collect();
+        // A token's parts are made before it.
+        let rank = |id: u32| tokens[id as usize].rank;
+        let is_merged = |token: &&Token| token.rank != 0 && token.rank != NONE;
+        if !tokens.iter().filter(is_merged).all(|t| rank(t.left).max(rank(t.right)) < t.rank) {
+            return None;
+        }
         let mut runs = runs(vocab, &tokens);
         runs.iter_mut().zip(no_runs).filter(|(_, no_run)| **no_run != 0).for_each(|(run, _)| run.clear());
         Some(Self { tokens, runs, unreached })
