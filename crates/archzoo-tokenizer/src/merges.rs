@@ -95,7 +95,8 @@ impl Merges {
             debug_assert!(merge.left.max(merge.right).max(merge.product) < NO_ID);
             let key = pair(merge.left, merge.right);
             let hash = hash(key);
-            made.filter[(hash >> (70 - FILTER_BITS)) as usize] |= 1 << (hash >> (64 - FILTER_BITS) & 63);
+            let (word, bit) = filter_bit(hash);
+            made.filter[word] |= 1 << bit;
             let mut at = home(hash, size);
             let slot = loop {
                 let bucket = &mut made.buckets[at];
@@ -109,11 +110,10 @@ impl Merges {
             made.buckets[at].slots[slot] = key << RANK_BITS | u64::from(merge.rank);
             made.buckets[at].products[slot] = merge.product;
         }
-        made.fill_few();
-        Ok(made)
+        Ok(made.with_few())
     }
 
-    fn fill_few(&mut self) {
+    fn with_few(mut self) -> Self {
         self.first = self.each().map(|merge| merge.left.min(merge.right)).min().unwrap_or(0);
         let mut few = vec![[NONE; 2]; FEW * FEW];
         for Merge { left, right, rank, product } in self.each() {
@@ -122,6 +122,7 @@ impl Merges {
             }
         }
         self.few = few;
+        self
     }
 
     /// Where a pair is among those of few ids.
@@ -141,9 +142,10 @@ impl Merges {
     #[inline(always)]
     pub fn seek(&self, left: u32, right: u32) -> usize {
         let hash = hash(pair(left, right));
-        let bits = self.filter[(hash >> (70 - FILTER_BITS)) as usize] >> (hash >> (64 - FILTER_BITS) & 63);
+        let (word, bit) = filter_bit(hash);
         // Whether two symbols merge follows no pattern that a processor could foresee.
-        let at = select_unpredictable(bits & 1 == 1, home(hash, self.size()), self.size());
+        let at =
+            select_unpredictable(self.filter[word] >> bit & 1 == 1, home(hash, self.size()), self.size());
         prefetch(&self.buckets[at]);
         at
     }
@@ -158,7 +160,7 @@ impl Merges {
             let slot = found.trailing_zeros() as usize % PAIRS;
             let rank = bucket.slots[slot] as u32 & (MOST_RANKS - 1);
             let is_there = found != 0;
-            if is_there as u64 >= bucket.is_over {
+            if is_there | (bucket.is_over == 0) {
                 return (
                     select_unpredictable(is_there, rank, NONE),
                     select_unpredictable(is_there, bucket.products[slot], NONE),
@@ -323,16 +325,13 @@ impl Table for Merges {
             products: [ab as u32, (ab >> 32) as u32, cd as u32, (cd >> 32) as u32],
             is_over,
         });
-        let mut made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new(), first: 0 };
+        let made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new(), first: 0 };
         let is_free = |bucket: &Bucket| bucket.is_over == 0 && bucket.slots == FREE.slots;
         let is_table = made.buckets.last().is_some_and(is_free)
             && made.size().is_power_of_two()
             && made.buckets[..made.size()].iter().any(|bucket| bucket.is_over == 0);
-        if !is_table || !rest.is_empty() || made.filter.len() != (1 << FILTER_BITS) / 64 {
-            return None;
-        }
-        made.fill_few();
-        Some(made)
+        let is_sound = is_table && rest.is_empty() && made.filter.len() == (1 << FILTER_BITS) / 64;
+        is_sound.then(|| made.with_few())
     }
 }
 
@@ -457,13 +456,13 @@ impl<const N: usize> List<N> {
                 Some(i) => merges.few[i].into(),
                 None => merges.get(left, right),
             };
-            self.pair(i, rank, product);
+            self.keep(i, rank, product);
         }
     }
 
     /// Keeps what a symbol and the next one merge to. Returns their key.
     #[inline(always)]
-    fn pair(&mut self, at: usize, rank: u32, product: u32) -> u32 {
+    fn keep(&mut self, at: usize, rank: u32, product: u32) -> u32 {
         let key = select_unpredictable(rank == NONE, NONE, rank << POSITION_BITS | at as u32);
         (self.keys[at], self.products[at]) = (key, product);
         key
@@ -504,9 +503,9 @@ impl<const N: usize> List<N> {
         let at = least as usize & Self::MASK;
         let next = self.keys[after];
         let (rank, product) = merges.get_at(places[1], self.ids[at], self.ids[after]);
-        let right = self.pair(at, rank, product);
+        let right = self.keep(at, rank, product);
         let (rank, product) = merges.get_at(places[0], self.ids[before], self.ids[at]);
-        let left = self.pair(before, rank, product);
+        let left = self.keep(before, rank, product);
         let is_same = next >> POSITION_BITS == least >> POSITION_BITS;
         (is_same && next < right.min(left)).then_some(next)
     }
@@ -611,6 +610,12 @@ multiversion! {
 #[inline(always)]
 fn hash(key: u64) -> u64 {
     key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// The word of a hash in the filter, and its bit there.
+#[inline(always)]
+fn filter_bit(hash: u64) -> (usize, u64) {
+    ((hash >> (70 - FILTER_BITS)) as usize, hash >> (64 - FILTER_BITS) & 63)
 }
 
 #[inline(always)]

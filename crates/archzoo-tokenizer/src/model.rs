@@ -60,7 +60,7 @@ impl Model {
 /// At most 16 MB a thread.
 const MOST_SHORT: usize = 1 << 19;
 /// Bytes of a piece that is encoded beside another, at most: such that the caches keep those of a batch.
-const MOST_BESIDE: usize = 256;
+const LONGEST_BESIDE: usize = 256;
 
 /// What one thread keeps from call to call: pieces that it has seen, and buffers.
 pub struct Scratch {
@@ -170,22 +170,25 @@ impl Sink for Encoder<'_> {
             } else if let Some(ids) = long.get(piece(i), *hash) {
                 self.out.extend_from_slice(ids);
                 continue;
+            } else if let Some(others) = others
+                && others.get(piece(i), *hash, |ids| {
+                    self.out.extend_from_slice(ids);
+                    long.insert(piece(i), *hash, ids);
+                })
+            {
+                continue;
             }
             // Those of the rest that are not there either are encoded beside it.
             missing.clear();
-            for j in (i..pieces.len()).filter(|&j| i == j || length(j) <= MOST_BESIDE) {
+            missing.push((i, *hash));
+            for j in (i + 1..pieces.len()).filter(|&j| length(j) <= LONGEST_BESIDE) {
                 let (key, hash) = &keys[j];
                 let is_there = if is_short(j) {
                     short.has(key, *hash)
                 } else {
                     long.get(piece(j), *hash).is_some()
                         || others.is_some_and(|others| {
-                            others.get(piece(j), *hash, |ids| {
-                                if i == j {
-                                    self.out.extend_from_slice(ids);
-                                }
-                                long.insert(piece(j), *hash, ids);
-                            })
+                            others.get(piece(j), *hash, |ids| long.insert(piece(j), *hash, ids))
                         })
                 };
                 if !is_there && !missing.iter().any(|&(_, other)| other == *hash) {
