@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import archzoo
-from archzoo import cli
+from archzoo import _rust, cli
 from archzoo.data import Pack, PackedDataset, collate, documents, verify_pack, write_pack
 from archzoo.data import packed as packed_module
 from archzoo.distill import KD, Recipe, distill
@@ -209,7 +210,10 @@ def test_a_missing_package_is_named(
         ("a.jsonl", b"nonsense", "line 1: expected"),
         ("a.jsonl", b"[1]", "line 1: invalid type: sequence, expected a JSON object with text at 'text'"),
         ("a.jsonl", b'{"text": 1}', "line 1: invalid type: integer"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: .*surrogate|hex"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: unexpected end of hex escape at line 1 column 17"),
+        ("a.jsonl", b'{"text": "a", "text": 1}', "line 1: invalid type: integer `1`, expected a string"),
+        ("a.jsonl", b'{"text": "a"} x', "line 1: trailing characters at line 1 column 15"),
+        ("a.jsonl", b'{"text": "a\xff"}', "line 1: invalid utf-8"),
         ("a.txt", b"ab\xff", "a.txt: not UTF-8"),
         ("a.txt.gz", b"ab", "a.txt.gz: Not a gzipped file"),
         ("a.pdf", b"", "a.pdf: unknown kind of file"),
@@ -222,6 +226,58 @@ def test_bad_input_is_named_and_leaves_no_pack(
     with pytest.raises(InputError, match=message):
         write_pack([tmp_path / name], Bytes(), tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
+
+
+def python_text(line: str) -> str | None:
+    """What Python's own reader finds at "text"; None for a line that is to be refused."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        fields = json.loads(line, parse_constant=refuse, object_pairs_hook=tuple)
+        if not isinstance(fields, tuple):
+            return None
+        texts = [value for key, value in fields if key == "text"]
+        "".join([*(key for key, _ in fields), *texts]).encode()  # no half of a surrogate pair
+        return texts[-1]
+    except (ValueError, TypeError, IndexError):
+        return None
+
+
+PIECES = [
+    *'"\\{}[]:,u0+-e. \t\r\x01\x0cé',
+    "\\n",
+    "\\/",
+    "\\u00e9",
+    "\\ud83d\\ude00",
+    "\\ud800",
+    "\\u+041",
+    '"text":"',
+]
+
+
+def test_lines_are_read_as_python_reads_them() -> None:
+    """Also what someone has damaged."""
+    rng = random.Random(0)
+    accepted = 0
+    for _ in range(20_000):
+        texts = ["", "a", 'b"\n\\', "é\U0001f600" * 20, "\x00\t/"]
+        fields = [(rng.choice(["id", "text", 't"']), rng.choice([*texts, 1, -2.5e9, None, [{}, "]"]]))]
+        fields += [("text", rng.choice(texts)), ("text", rng.choice(texts))][rng.randrange(2) :]
+        rng.shuffle(fields)
+        comma, colon = rng.choice([",", " , "]), rng.choice([":", " : "])
+        as_json = partial(json.dumps, ensure_ascii=rng.random() < 0.5)
+        line = "{" + comma.join(as_json(key) + colon + as_json(value) for key, value in fields) + "}"
+        for _ in range(rng.randrange(3)):
+            at = rng.randrange(len(line) + 1)
+            line = line[:at] + rng.choice(PIECES) + line[at + rng.randrange(3) :]
+        found, count, fault = _rust.json_texts(f"{line}\n".encode(), "text")
+        want = python_text(line)
+        assert list(found) == ([] if want is None else [want]), line
+        assert (count == 0) == (fault is not None) == (want is None), line
+        accepted += want is not None
+    assert 5_000 < accepted < 15_000
 
 
 def test_the_end_of_text_must_be_known(tmp_path: Path) -> None:
