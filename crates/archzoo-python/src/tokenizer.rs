@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use archzoo_tokenizer::{AllowedSpecial, DecodeStream, Error, Options, Tokenizer};
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
+use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::{PyException, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
@@ -167,24 +167,12 @@ impl PyTokenizer {
             Batch::List(texts) => texts.iter().map(utf8).collect::<PyResult<_>>()?,
         };
         let options = options(add_special_tokens, allowed_special.as_ref());
-        let ragged = py.detach(|| pool::run(|| self.0.encode_batch(&texts, options)))?.map_err(to_python)?;
-        let offsets = PyArray1::from_vec(py, ragged.offsets);
-        let parts = match <[Vec<u32>; 1]>::try_from(ragged.parts) {
-            Ok([all]) => return Ok((PyArray1::from_vec(py, all), offsets)),
-            Err(parts) => parts,
+        let encode = || {
+            let ragged = pool::run(|| self.0.encode_batch(&texts, options))?.map_err(to_python)?;
+            Ok::<_, PyErr>((ragged.parts.concat(), ragged.offsets))
         };
-        let total: usize = parts.iter().map(Vec::len).sum();
-        let ids = PyArray1::<u32>::zeros(py, total, false);
-        {
-            let mut ids = ids.try_readwrite()?;
-            let mut rest = ids.as_slice_mut().map_err(|e| PyTypeError::new_err(e.to_string()))?;
-            for part in &parts {
-                let (here, after) = rest.split_at_mut(part.len());
-                here.copy_from_slice(part);
-                rest = after;
-            }
-        }
-        Ok((ids, offsets))
+        let (ids, offsets) = py.detach(encode)?;
+        Ok((PyArray1::from_vec(py, ids), PyArray1::from_vec(py, offsets)))
     }
 
     /// Text of ids; what is not UTF-8 becomes replacement characters.
