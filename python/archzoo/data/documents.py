@@ -92,21 +92,14 @@ class Documents:
             held = held[size:]
 
     def _lines(self, file: IO[bytes]) -> Iterator[Block]:
-        number, held = 1, b""
-        while True:
-            block = file.read(BLOCK)
-            end = block.rfind(b"\n") + 1 if block else 0
-            if block and not end:
-                held += block
-                continue
-            texts, count, fault = _rust.json_texts(held + block[:end], self.text_key)
-            held, number = block[end:], number + count
+        number = 1
+        while block := file.read(BLOCK) + file.readline():
+            texts, count, fault = _rust.json_texts(block, self.text_key)
+            number += count
             if len(texts):
                 yield Block(texts)
             if fault is not None:
                 raise InputError(f"{self.path}, line {number}: {fault}")
-            if not block:
-                return
 
     def _rows(self, file: IO[bytes]) -> Iterator[Block]:
         parquet = _optional("pyarrow.parquet", self.path)
