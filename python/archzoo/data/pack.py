@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from queue import Full, Queue
 from typing import Literal, NamedTuple, Protocol, TypeVar
@@ -38,8 +38,8 @@ MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 _SMALL = 1 << 18
 """Bytes of a text file that is read with its neighbours, at most."""
-_WRITE_BACK = 1 << 23
-"""Bytes after which the disk gets to work, so that it does not have all of a shard to do at its end."""
+_SYNC = 1 << 20
+"""Bytes of a shard that the disk gets while more are made, so that its end does not wait for all of them."""
 
 
 class Ragged(Protocol):
@@ -322,14 +322,14 @@ class _Packer:
         shard: _Shard | None = None
         number = len(self.state.shards)
         finishing: Future[None] | None = None
-        with bar, closing(_ahead(self._encoded(_ahead(self._batches())))) as encoded:
+        with bar, closing(self._encoded(_ahead(self._batches()))) as encoded:
             try:
                 for batch, ids, offsets in encoded:
                     start = first = 0
                     ends = offsets[1 : 1 + batch.documents]
                     while start < len(ids) or first < len(ends):
                         if shard is None:
-                            shard = _Shard(self.folder, number, self.settings.dtype)
+                            shard = _Shard(self.folder, number, self.settings.dtype, self.finisher)
                             number += 1
                         room = self.settings.shard_tokens - shard.tokens
                         full = first + int(np.searchsorted(ends[first:], start + room))
@@ -386,13 +386,13 @@ class _Packer:
             count += 1
         return count
 
-    def _encoded(self, batches: Generator[_Batch]) -> Iterator[_Encoded]:
+    def _encoded(self, batches: Generator[_Batch]) -> Generator[_Encoded]:
         """The batches in their order, two at work: as one nears its end, the next keeps all threads busy."""
         waiting: deque[Future[_Encoded]] = deque()
         with closing(batches), ThreadPoolExecutor(2) as threads:
             for batch in batches:
                 waiting.append(threads.submit(self._encode, batch))
-                if len(waiting) > 2:
+                if len(waiting) > 3:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -427,12 +427,13 @@ class _Packer:
 class _Shard:
     """Files of one shard under temporary names."""
 
-    def __init__(self, folder: Path, number: int, dtype: str) -> None:
-        self.folder, self.name = folder, f"shard-{number:05d}"
+    def __init__(self, folder: Path, number: int, dtype: str, syncer: ThreadPoolExecutor) -> None:
+        self.folder, self.name, self._syncer = folder, f"shard-{number:05d}", syncer
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.tokens = 0
         self._ends: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
-        self._on_way = 0  # bytes that the disk has been told of
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
         self._digest = hashlib.sha256()
         self._file = open(self._temporary("tokens"), "wb")  # noqa: SIM115
 
@@ -443,14 +444,16 @@ class _Shard:
         self._digest.update(data)
         self._ends.append(ends + self.tokens)
         self.tokens += len(ids)
-        if self._file.tell() - self._on_way >= _WRITE_BACK and hasattr(os, "posix_fadvise"):
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNC and (self._syncing is None or self._syncing.done()):
+            self._wait()
             self._file.flush()
-            # Of pages that are not on the disk yet, this starts the writing.
-            os.posix_fadvise(self._file.fileno(), self._on_way, 0, os.POSIX_FADV_DONTNEED)
-            self._on_way = self._file.tell()
+            self._syncing = self._syncer.submit(os.fsync, self._file.fileno())
+            self._unsynced = 0
 
     def finish(self) -> PackShard:
         """Bring both files to the disk, then give them their names."""
+        self._wait()
         ends = np.concatenate(self._ends).astype("<i8")
         sync(self._file)
         self._file.close()
@@ -469,8 +472,15 @@ class _Shard:
         )
 
     def discard(self) -> None:
+        with suppress(OSError):
+            self._wait()
         self._file.close()
         self._temporary("tokens").unlink(missing_ok=True)
+
+    def _wait(self) -> None:
+        """The disk's error, if it had one, is told once and to the thread that asked."""
+        if self._syncing is not None:
+            self._syncing.result()
 
     def _temporary(self, suffix: str) -> Path:
         return self.folder / f"{self.name}.{suffix}.tmp"
