@@ -249,9 +249,10 @@ class _Packer:
         self, files: list[Path], tokenizer: PackTokenizer, folder: Path, settings: PackSettings
     ) -> None:
         self.files, self.tokenizer, self.folder, self.settings = files, tokenizer, folder, settings
-        whole = Path(os.path.commonpath([path.absolute().parent for path in files]))
-        self.names = [path.absolute().relative_to(whole).as_posix() for path in files]
-        stats = [path.stat() for path in files]
+        paths = [os.path.join(os.getcwd(), path) for path in files]
+        whole = os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")
+        self.names = [path.removeprefix(whole) for path in paths]
+        stats = [os.stat(path) for path in files]
         self.sizes = [stat.st_size for stat in stats]
         times = [stat.st_mtime_ns for stat in stats]
         fresh = _Unfinished(settings=settings, inputs=tuple(zip(self.names, self.sizes, times, strict=True)))
