@@ -2,8 +2,9 @@
 
 python benches/pack.py [--tokenizer tokenizer.json] [--file TEXT] [--megabytes 40] [--rounds 3]
 
-Without --tokenizer a vocabulary is learnt from the text. The encoders are a tokenizer that sees the text for
-the first time in every run, one that knows its words, and one that only copies bytes.
+Without --tokenizer a vocabulary is learnt from the text. Its documents are packed as they are, and joined to
+2 KB each. The encoders are a tokenizer that sees the text for the first time in every run, one that knows its
+words, and one that takes no time: what packing itself can do, beside the second one alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,16 +34,74 @@ class Ids:
     offsets: Any
 
 
-class Fast:
-    """The least that an encoder can do: bytes as ids, so that everything else shows."""
+class Free:
+    """An encoder that takes no time: the ids of a document are always the same."""
 
-    vocab_size, hash = 256, "bytes"
+    vocab_size, hash = 256, "free"
     special_tokens: dict[str, int] = {}  # noqa: RUF012
 
-    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
-        rows = [text.encode() for text in texts]
-        ids = np.frombuffer(b"".join(rows), np.uint8).astype(np.uint32)
-        return Ids(ids, np.cumsum([0, *map(len, rows)]))
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def encode_batch(self, texts: Any, add_special_tokens: bool = True, /) -> Ids:
+        n = len(texts)
+        return Ids(np.zeros(n * self.tokens, np.uint32), np.arange(n + 1) * self.tokens)
+
+
+def joined(texts: list[str], size: int) -> list[str]:
+    """Documents of at least that many characters."""
+    found, held, length = [], [], 0
+    for text in texts:
+        held.append(text)
+        length += len(text)
+        if length >= size:
+            found.append("\n\n".join(held))
+            held, length = [], 0
+    return [*found, "\n\n".join(held)] if held else found
+
+
+def compare(texts: list[str], vocabulary: Path, folder: Path, rounds: int) -> list[Row]:
+    """Rows of documents of one kind, whose files go into `folder`."""
+    size = sum(len(text.encode()) for text in texts)
+    mean = size // len(texts)
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (folder / "text").mkdir(parents=True)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 6))
+    for i, text in enumerate(texts):
+        (folder / "text" / f"{i:07d}.txt").write_text(text, encoding="utf-8", newline="")
+    known = archzoo.Tokenizer.from_file(vocabulary)
+    # Tokenizers are made before the clock runs, one for each run.
+    encoders: dict[str, Callable[[], Callable[[], Any]]] = {
+        "fresh text": lambda: [archzoo.Tokenizer.from_file(vocabulary) for _ in range(rounds + 1)].pop,
+        "known words": lambda: lambda: known,
+    }
+
+    def encode(next_encoder: Callable[[], Any]) -> None:
+        next_encoder().encode_batch(texts)
+
+    def pack(source: str, next_encoder: Callable[[], Any]) -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        write_pack([folder / source], next_encoder(), folder / "out")
+
+    inputs = ("a.jsonl", "a.jsonl.gz", "text")
+    rows, alone = [], 0.0
+
+    def add(source: str, encoder: str, seconds: float, goal: float) -> None:
+        case, rate = f"pack {source}, {mean} bytes, {encoder}", size / 1e6 / seconds
+        rows.append(Row(case, "MB/s", rate, alone, "the encoder alone", rate / alone, goal, 0.0, ""))
+
+    for encoder, make in encoders.items():
+        seconds = interleaved(
+            {"alone": partial(encode, make())} | {s: partial(pack, s, make()) for s in inputs}, rounds
+        )
+        alone = size / 1e6 / seconds["alone"]
+        for source in inputs:
+            add(source, encoder, seconds[source], 0.8)
+    seconds = interleaved({s: partial(pack, s, lambda: Free(mean // 4)) for s in inputs}, rounds)
+    for source in inputs:
+        add(source, "no encoding", seconds[source], 0.0)
+    return rows
 
 
 def main() -> None:
@@ -53,46 +112,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     texts = documents(options.megabytes, options.file)
-    size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocabulary = options.tokenizer or folder / "tokenizer.json"
         if options.tokenizer is None:
             archzoo.train_bpe(texts, 32_000, vocabulary)
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        (folder / "a.jsonl").write_text(lines, encoding="utf-8")
-        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 6))
-        (folder / "text").mkdir()
-        for i, text in enumerate(texts):
-            (folder / "text" / f"{i:07d}.txt").write_text(text, encoding="utf-8", newline="")
-        known = archzoo.Tokenizer.from_file(vocabulary)
-        # Tokenizers are made before the clock runs, one for each run.
-        encoders: dict[str, Callable[[], Callable[[], Any]]] = {
-            "fresh text": lambda: (
-                [archzoo.Tokenizer.from_file(vocabulary) for _ in range(options.rounds + 1)].pop
-            ),
-            "known words": lambda: lambda: known,
-            "bytes": lambda: Fast,
-        }
-
-        def encode(next_encoder: Callable[[], Any]) -> None:
-            next_encoder().encode_batch(texts)
-
-        def pack(source: str, next_encoder: Callable[[], Any]) -> None:
-            shutil.rmtree(folder / "out", ignore_errors=True)
-            write_pack([folder / source], next_encoder(), folder / "out")
-
-        inputs = ("a.jsonl", "a.jsonl.gz", "text")
-        rows, notes = [], {"megabytes": size, "documents": float(len(texts))}
-        for encoder, make in encoders.items():
-            runs = {"alone": partial(encode, make())} | {s: partial(pack, s, make()) for s in inputs}
-            seconds = interleaved(runs, options.rounds)
-            alone = size / seconds["alone"]
-            for source in inputs:
-                rate = size / seconds[source]
-                goal = 0.8 if encoder != "bytes" else 0.0
-                case, what = f"pack {source}, {encoder}", "the encoder alone"
-                rows.append(Row(case, "MB/s", rate, alone, what, rate / alone, goal, 0.0, ""))
+        rows = []
+        for kind, chosen in {"short": texts, "long": joined(texts, 2000)}.items():
+            rows += compare(chosen, vocabulary, folder / kind, options.rounds)
+    notes = {"megabytes": sum(len(text.encode()) for text in texts) / 1e6, "documents": float(len(texts))}
     report("pack", rows, notes)
 
 

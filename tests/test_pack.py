@@ -372,6 +372,23 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert contents(out) == contents(want)
 
 
+def test_a_full_disk_is_told_while_a_shard_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not lost: a file whose writing failed once may be brought to the disk without an error later."""
+    source = jsonl(tmp_path / "a.jsonl", words(500))
+    monkeypatch.setattr(documents, "BLOCK", 1000)
+    monkeypatch.setattr(pack_module, "_SYNC", 1000)
+    failures = [OSError("disk full")]
+
+    def fsync(handle: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="disk full"):
+        write_pack([source], Bytes(), tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", ["a"])
     with pack_module._lock(tmp_path), pytest.raises(PackError, match="another process is packing"):
