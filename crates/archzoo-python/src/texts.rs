@@ -130,7 +130,7 @@ fn add_text(line: &[u8], key: &str, out: &mut String) -> serde_json::Result<()> 
     json.end()
 }
 
-/// As `add_text`, but several times as fast; leaves what is rare, and all faults, to serde.
+/// As `add_text`, but about twice as fast; leaves what is rare, and all faults, to serde.
 fn add_plain_text(line: &str, key: &str, out: &mut String) -> Option<()> {
     let line = line.strip_suffix('\r').unwrap_or(line);
     // The only characters that may not be in a string.

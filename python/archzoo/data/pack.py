@@ -479,7 +479,7 @@ class _Shard:
         self._temporary("tokens").unlink(missing_ok=True)
 
     def _wait(self) -> None:
-        """The disk's error, if it had one, is told once and to the thread that asked."""
+        """Raise what the disk said to the last part: asked again, it may not say so."""
         if self._syncing is not None:
             self._syncing.result()
 
