@@ -182,11 +182,14 @@ impl Reached {
         let mut lengths: Vec<u32> = Vec::new();
         let mut rest = run.len();
         let mut tried = up_to(rest);
+        // Mostly it is the same two again.
+        let mut apart = None;
         while rest > 0 {
             if let Some(&(length, id)) = tried.checked_sub(1).and_then(|i| tokens.get(i)) {
-                let last = out[first..].last();
-                if !dead[rest - length as usize] && last.is_none_or(|&last| self.apart(table, last, id, NONE))
-                {
+                let two = out[first..].last().map(|&last| (last, id));
+                let is_apart = |(last, id)| self.apart(table, last, id, NONE);
+                if !dead[rest - length as usize] && (two == apart || two.is_none_or(is_apart)) {
+                    apart = two;
                     out.push(id);
                     lengths.push(length);
                     rest -= length as usize;
