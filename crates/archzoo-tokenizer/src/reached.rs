@@ -179,20 +179,23 @@ impl Reached {
         let first = out.len();
         // By the lengths that remain.
         let mut dead = vec![false; run.len() + 1];
-        let mut lengths: Vec<u32> = Vec::new();
+        let mut is_any_dead = false;
         let mut rest = run.len();
         let mut tried = up_to(rest);
         // Mostly it is the same two again.
         let mut apart = None;
         while rest > 0 {
             if let Some(&(length, id)) = tried.checked_sub(1).and_then(|i| tokens.get(i)) {
+                let length = length as usize;
                 let two = out[first..].last().map(|&last| (last, id));
                 let is_apart = |(last, id)| self.apart(table, last, id, NONE);
-                if !dead[rest - length as usize] && (two == apart || two.is_none_or(is_apart)) {
+                if !dead[rest - length] && (two == apart || two.is_none_or(is_apart)) {
                     apart = two;
-                    out.push(id);
-                    lengths.push(length);
-                    rest -= length as usize;
+                    // The longest of all fits beside itself as long as there is room.
+                    let is_again = two == Some((id, id)) && tried == tokens.len() && !is_any_dead;
+                    let count = if is_again { rest / length } else { 1 };
+                    out.extend(std::iter::repeat_n(id, count));
+                    rest -= count * length;
                     tried = up_to(rest);
                 } else {
                     tried -= 1;
@@ -200,10 +203,12 @@ impl Reached {
             } else {
                 // Nothing fits here, but something does from a place before.
                 dead[rest] = true;
-                let Some(length) = lengths.pop() else { return false };
+                is_any_dead = true;
+                let Some(&last) = out[first..].last() else { return false };
                 out.pop();
-                rest += length as usize;
-                tried = up_to(length as usize) - 1;
+                let shorter = tokens.iter().position(|&(_, id)| id == last).unwrap_or(0);
+                rest += tokens[shorter].0 as usize;
+                tried = shorter;
             }
         }
         true
