@@ -167,12 +167,8 @@ impl PyTokenizer {
             Batch::List(texts) => texts.iter().map(utf8).collect::<PyResult<_>>()?,
         };
         let options = options(add_special_tokens, allowed_special.as_ref());
-        let encode = || {
-            let ragged = pool::run(|| self.0.encode_batch(&texts, options))?.map_err(to_python)?;
-            Ok::<_, PyErr>((ragged.parts.concat(), ragged.offsets))
-        };
-        let (ids, offsets) = py.detach(encode)?;
-        Ok((PyArray1::from_vec(py, ids), PyArray1::from_vec(py, offsets)))
+        let ragged = py.detach(|| pool::run(|| self.0.encode_batch(&texts, options)))?.map_err(to_python)?;
+        Ok((PyArray1::from_vec(py, ragged.ids), PyArray1::from_vec(py, ragged.offsets)))
     }
 
     /// Text of ids; what is not UTF-8 becomes replacement characters.

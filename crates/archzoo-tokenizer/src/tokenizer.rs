@@ -163,8 +163,8 @@ impl Default for Options<'_> {
 
 /// Ids of several texts, one after the other.
 pub struct Ragged {
-    /// The ids in parts.
-    pub parts: Vec<Vec<u32>>,
+    /// The ids.
+    pub ids: Vec<u32>,
     /// Where each text's ids start, and the number of all.
     pub offsets: Vec<i64>,
 }
@@ -304,16 +304,18 @@ impl Tokenizer {
                 Ok((ids, ends))
             })
             .collect();
-        let mut ragged = Ragged { parts: Vec::new(), offsets: Vec::with_capacity(texts.len() + 1) };
-        ragged.offsets.push(0);
+        let (mut parts, mut offsets) = (Vec::new(), Vec::with_capacity(texts.len() + 1));
+        offsets.push(0);
         let mut done = 0;
         for result in encoded {
             let (ids, ends) = result?;
-            ragged.offsets.extend(ends.iter().map(|&end| (done + end) as i64));
+            offsets.extend(ends.iter().map(|&end| (done + end) as i64));
             done += ids.len();
-            ragged.parts.push(ids);
+            parts.push(ids);
         }
-        Ok(ragged)
+        // One part, of a long text say, is all: it need not be copied.
+        let ids = <[Vec<u32>; 1]>::try_from(parts).map_or_else(|parts| parts.concat(), |[all]| all);
+        Ok(Ragged { ids, offsets })
     }
 
     /// Does one of some works, which share a call's text in order; each thread begins with its share of them.
