@@ -177,9 +177,8 @@ impl Reached {
             _ => tokens.partition_point(|&(of, _)| of as usize <= length),
         };
         let first = out.len();
-        // By the lengths that remain.
-        let mut dead = vec![false; run.len() + 1];
-        let mut is_any_dead = false;
+        // By the lengths that remain; empty while there is none.
+        let mut dead: Vec<bool> = Vec::new();
         let mut rest = run.len();
         let mut tried = up_to(rest);
         // Mostly it is the same two again.
@@ -189,10 +188,11 @@ impl Reached {
                 let length = length as usize;
                 let two = out[first..].last().map(|&last| (last, id));
                 let is_apart = |(last, id)| self.apart(table, last, id, NONE);
-                if !dead[rest - length] && (two == apart || two.is_none_or(is_apart)) {
+                let is_dead = dead.get(rest - length) == Some(&true);
+                if !is_dead && (two == apart || two.is_none_or(is_apart)) {
                     apart = two;
                     // The longest of all fits beside itself as long as there is room.
-                    let is_again = two == Some((id, id)) && tried == tokens.len() && !is_any_dead;
+                    let is_again = two == Some((id, id)) && tried == tokens.len() && dead.is_empty();
                     let count = if is_again { rest / length } else { 1 };
                     out.extend(std::iter::repeat_n(id, count));
                     rest -= count * length;
@@ -202,13 +202,13 @@ impl Reached {
                 }
             } else {
                 // Nothing fits here, but something does from a place before.
+                dead.resize(run.len() + 1, false);
                 dead[rest] = true;
-                is_any_dead = true;
-                let Some(&last) = out[first..].last() else { return false };
+                let number = |&last| tokens.iter().position(|&(_, id)| id == last);
+                let Some(last) = out[first..].last().and_then(number) else { return false };
                 out.pop();
-                let shorter = tokens.iter().position(|&(_, id)| id == last).unwrap_or(0);
-                rest += tokens[shorter].0 as usize;
-                tried = shorter;
+                rest += tokens[last].0 as usize;
+                tried = last;
             }
         }
         true
