@@ -5,16 +5,16 @@ use std::hint::select_unpredictable;
 use crate::vocab::fold;
 
 /// Ids kept in a slot; those of a piece with more are kept beside the slots.
-pub const INLINE: usize = 4;
-/// The count of a slot's ids lies above the bits of the first id.
-const COUNT_SHIFT: u32 = 28;
+const INLINE: usize = 4;
+/// The count of a slot's ids lies above the bits of the last id.
+const COUNT_SHIFT: u32 = 60;
 /// A count that says: the slot has the start and the end of the ids among those beside the slots.
 const MANY: u64 = 15;
 /// Ids kept beside the slots, at most.
 const MOST_BESIDE: usize = 1 << 20;
 
-/// A piece's bytes, zeros, and its length in the last byte.
-pub type Key = [u64; 2];
+/// A piece's bytes, zeros, and its length in the last byte: two words, which a processor can hold in registers.
+type Key = (u64, u64);
 
 /// Longest piece that has a key.
 pub const LONGEST: usize = 15;
@@ -31,31 +31,64 @@ const BITS: [[u64; 2]; 16] = {
     bits
 };
 
-/// The key of `text[start..start + length]`, which must fit.
-#[inline(always)]
-pub fn key(text: &[u8], start: usize, length: usize) -> Key {
-    let there = &text[start..];
-    let mut words = [0; 2];
-    if let Some(block) = there.first_chunk::<16>() {
-        let [low, high] =
-            [0, 8].map(|i| block[i..].first_chunk().map_or(0, |half| u64::from_le_bytes(*half)));
-        let [low_bits, high_bits] = BITS[length & LONGEST];
-        words = [low & low_bits, high & high_bits];
-    } else {
-        for (word, bytes) in words.iter_mut().zip(there[..length].chunks(8)) {
-            let mut padded = [0; 8];
-            padded[..bytes.len()].copy_from_slice(bytes);
-            *word = u64::from_le_bytes(padded);
-        }
-    }
-    words[1] |= (length as u64) << 56;
-    words
+/// What a piece is looked up by.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sought {
+    key: Key,
+    hash: u64,
 }
 
-/// A hash of a key.
+impl Sought {
+    /// The piece `text[start..start + length]`, which must be there and have a key.
+    #[inline(always)]
+    pub fn new(text: &[u8], start: usize, length: usize) -> Self {
+        let key = key(text, start, length);
+        Self { key, hash: hash(key) }
+    }
+
+    /// A piece without a key, by a hash that the caller knows it by: no slot has it.
+    #[inline(always)]
+    pub fn long(hash: u64) -> Self {
+        Self { key: (hash, u64::MAX), hash: 0 }
+    }
+
+    /// The hash that a piece without a key was given.
+    pub fn long_hash(&self) -> Option<u64> {
+        (self.key.1 == u64::MAX).then_some(self.key.0)
+    }
+
+    /// A hash of the piece.
+    pub fn hash(&self) -> u64 {
+        self.long_hash().unwrap_or(self.hash)
+    }
+}
+
+/// The key of `text[start..start + length]`, which must be there.
 #[inline(always)]
-pub fn hash(key: &Key) -> u64 {
-    fold(key[0] ^ 0x9e37_79b9_7f4a_7c15, key[1] ^ 0xc2b2_ae3d_27d4_eb4f)
+fn key(text: &[u8], start: usize, length: usize) -> Key {
+    let (low, high) = if start < text.windows(16).len() {
+        // SAFETY: 16 bytes are there.
+        let block = unsafe { text.as_ptr().add(start).cast::<[[u8; 8]; 2]>().read() };
+        let [low, high] = BITS[length & LONGEST];
+        (u64::from_le_bytes(block[0]) & low, u64::from_le_bytes(block[1]) & high)
+    } else {
+        last_words(&text[start..start + length])
+    };
+    (low, high | (length as u64) << 56)
+}
+
+/// The words of a piece behind which nothing may be read.
+#[cold]
+fn last_words(piece: &[u8]) -> (u64, u64) {
+    let mut padded = [0; 16];
+    padded[..piece.len()].copy_from_slice(piece);
+    let both = u128::from_le_bytes(padded);
+    (both as u64, (both >> 64) as u64)
+}
+
+#[inline(always)]
+fn hash((low, high): Key) -> u64 {
+    fold(low ^ 0x7f4a_7c15, high ^ 0xc2b2_ae3d_27d4_eb4f)
 }
 
 /// A key, then four ids, two in a word.
@@ -82,10 +115,10 @@ impl Cache {
         Self { pairs, used: 0, most_slots, beside: Vec::new() }
     }
 
-    /// Starts to load the slots of a hash.
+    /// Starts to load the slots of a piece.
     #[inline(always)]
-    pub fn prefetch(&self, hash: u64) {
-        prefetch(&self.pairs[self.home(hash)]);
+    pub fn prefetch(&self, sought: &Sought) {
+        prefetch(self.pairs.as_ptr().wrapping_add(self.home(sought.hash)));
     }
 
     #[inline(always)]
@@ -93,59 +126,63 @@ impl Cache {
         hash as usize & (self.pairs.len() - 1)
     }
 
-    #[inline(always)]
-    fn find(&self, key: &Key, hash: u64) -> Option<&Slot> {
-        let mut at = self.home(hash);
-        loop {
-            let Pair(pair) = &self.pairs[at];
-            let differs = |slot: &Slot| slot[0] ^ key[0] | slot[1] ^ key[1];
-            // Which of the two it is follows no pattern that a processor could foresee.
-            let slot = select_unpredictable(differs(&pair[1]) == 0, &pair[1], &pair[0]);
-            if differs(slot) == 0 {
-                return Some(slot);
-            }
-            if pair[1][1] == 0 {
-                return None;
-            }
-            at = (at + 1) & (self.pairs.len() - 1);
-        }
-    }
-
     /// Whether the ids of a piece are there.
-    pub fn has(&self, key: &Key, hash: u64) -> bool {
-        self.find(key, hash).is_some()
+    pub fn has(&self, sought: &Sought) -> bool {
+        find(&self.pairs, sought).is_some()
     }
 
-    /// Appends the ids of a piece to `out`, or returns false.
-    #[inline(always)]
-    pub fn append(&self, key: &Key, hash: u64, out: &mut Vec<u32>) -> bool {
-        let Some(slot) = self.find(key, hash) else { return false };
-        let (count, first) = (slot[2] >> COUNT_SHIFT & 15, slot[2] & !(15 << COUNT_SHIFT));
-        if count == MANY {
-            let (start, end) = ((slot[2] >> 32) as usize, slot[3] as usize);
-            out.extend_from_slice(&self.beside[start..end]);
-        } else {
-            push(out, [first, slot[3]], count as usize);
+    /// Appends the ids of pieces up to the first that is not there to `out`, and returns how many they are.
+    #[inline(never)]
+    pub fn append(&self, sought: &[Sought], out: &mut Vec<u32>) -> usize {
+        const { assert!(cfg!(target_endian = "little")) };
+        out.reserve(INLINE * sought.len());
+        let pairs = &self.pairs[..];
+        let (mut start, mut length) = (out.as_mut_ptr(), out.len());
+        let mut found = 0;
+        for piece in sought {
+            let Some(slot) = find(pairs, piece) else { break };
+            found += 1;
+            let count = slot[3] >> COUNT_SHIFT;
+            if count != MANY {
+                // SAFETY: the capacity has room for four ids of each piece; the length then covers only what was
+                // written.
+                unsafe {
+                    // Word by word: ids that are put together before they are written wait for each other.
+                    let end = start.add(length).cast::<u64>();
+                    end.write_unaligned(slot[2]);
+                    end.add(1).write_unaligned(slot[3] & !(MANY << COUNT_SHIFT));
+                }
+                length += count as usize;
+            } else {
+                // SAFETY: as many ids were written.
+                unsafe { out.set_len(length) };
+                let (from, to) = (slot[2] as u32 as usize, (slot[2] >> 32) as usize);
+                out.extend_from_slice(&self.beside[from..to]);
+                out.reserve(INLINE * (sought.len() - found));
+                (start, length) = (out.as_mut_ptr(), out.len());
+            }
         }
-        true
+        // SAFETY: as many ids were written.
+        unsafe { out.set_len(length) };
+        found
     }
 
     /// Keeps the ids of a piece that is not there.
-    pub fn insert(&mut self, key: &Key, hash: u64, ids: &[u32]) {
+    pub fn insert(&mut self, sought: &Sought, ids: &[u32]) {
         if 2 * self.used >= 3 * self.pairs.len() || self.beside.len() + ids.len() > MOST_BESIDE {
             self.make_room();
         }
-        let mut four = [0; INLINE];
-        if ids.len() <= INLINE {
-            four[..ids.len()].copy_from_slice(ids);
-            four[0] |= (ids.len() as u32) << COUNT_SHIFT;
-        } else {
-            let start = self.beside.len();
-            self.beside.extend_from_slice(ids);
-            four = [(MANY as u32) << COUNT_SHIFT, start as u32, self.beside.len() as u32, 0];
-        }
         let two = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-        self.place([key[0], key[1], two(four[0], four[1]), two(four[2], four[3])], hash);
+        let (low, high, count) = if ids.len() <= INLINE {
+            let mut four = [0; INLINE];
+            four[..ids.len()].copy_from_slice(ids);
+            (two(four[0], four[1]), two(four[2], four[3]), ids.len() as u64)
+        } else {
+            let start = self.beside.len() as u32;
+            self.beside.extend_from_slice(ids);
+            (two(start, self.beside.len() as u32), 0, MANY)
+        };
+        self.place([sought.key.0, sought.key.1, low, high | count << COUNT_SHIFT], sought.hash);
         self.used += 1;
     }
 
@@ -171,43 +208,41 @@ impl Cache {
         let larger = vec![FREE; 2 * self.pairs.len()];
         for Pair(pair) in std::mem::replace(&mut self.pairs, larger) {
             for slot in pair.into_iter().filter(|slot| slot[1] != 0) {
-                self.place(slot, hash(&[slot[0], slot[1]]));
+                self.place(slot, hash((slot[0], slot[1])));
             }
         }
     }
 }
 
+#[inline(always)]
+fn find<'a>(pairs: &'a [Pair], sought: &Sought) -> Option<&'a Slot> {
+    let mut at = sought.hash as usize & (pairs.len() - 1);
+    loop {
+        let Pair(pair) = &pairs[at];
+        let differs = |slot: &Slot| slot[0] ^ sought.key.0 | slot[1] ^ sought.key.1;
+        // Which of the two it is follows no pattern that a processor could foresee.
+        let slot = select_unpredictable(differs(&pair[1]) == 0, &pair[1], &pair[0]);
+        if differs(slot) == 0 {
+            return Some(slot);
+        }
+        if pair[1][1] == 0 {
+            return None;
+        }
+        at = (at + 1) & (pairs.len() - 1);
+    }
+}
+
 /// Starts to load what is at a place.
 #[inline(always)]
-pub fn prefetch<T>(place: &T) {
+pub fn prefetch<T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: SSE is part of x86-64; a prefetch touches nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *place).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = place;
-}
-
-/// Appends the first `count` of ids that are two in a word.
-#[inline(always)]
-fn push(out: &mut Vec<u32>, ids: [u64; 2], count: usize) {
-    const { assert!(cfg!(target_endian = "little")) };
-    let length = out.len();
-    if out.capacity() - length >= INLINE && count <= INLINE {
-        // SAFETY: all four fit the capacity; the length then covers only what was written.
-        unsafe {
-            // Word by word: ids that are put together before they are written wait for each other.
-            let end = out.as_mut_ptr().add(length).cast::<u64>();
-            end.write_unaligned(ids[0]);
-            end.add(1).write_unaligned(ids[1]);
-            out.set_len(length + count);
-        }
-    } else {
-        let ids = ids.map(|two| [two as u32, (two >> 32) as u32]);
-        out.extend_from_slice(&ids.as_flattened()[..count]);
-    }
 }
 
 #[cfg(test)]
@@ -220,7 +255,8 @@ mod tests {
         for length in 1..=LONGEST {
             let alone = key(&text[..length], 0, length);
             assert_eq!(alone, key(text, 0, length));
-            assert_eq!(alone[1] >> 56, length as u64);
+            assert_eq!(alone, key(&[b"12", &text[..]].concat(), 2, length));
+            assert_eq!(alone.1 >> 56, length as u64);
         }
         assert_ne!(key(b"a\0", 0, 1), key(b"a\0", 0, 2));
     }
@@ -230,14 +266,15 @@ mod tests {
         let mut cache = Cache::new(4096);
         for i in 0..100_000u32 {
             let text = i.to_le_bytes();
-            let key = key(&text, 0, 4);
-            let hash = hash(&key);
+            let piece = Sought::new(&text, 0, 4);
             let mut out = vec![9];
-            assert!(!cache.append(&key, hash, &mut out));
+            assert!(!cache.has(&piece));
             let ids: Vec<u32> = (i..=i + i % 7).collect();
-            cache.insert(&key, hash, &ids);
-            assert!(cache.append(&key, hash, &mut out));
-            assert_eq!(out[1..], ids);
+            cache.insert(&piece, &ids);
+            // Neither a long piece nor what comes behind it.
+            let pieces = [piece, piece, Sought::long(piece.hash()), piece];
+            assert_eq!(cache.append(&pieces, &mut out), 2);
+            assert_eq!(out[1..], [&ids[..], &ids].concat());
         }
         assert_eq!(cache.pairs.len(), 2048);
         assert!(cache.beside.len() <= MOST_BESIDE);

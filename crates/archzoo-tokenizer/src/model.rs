@@ -2,13 +2,13 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use crate::bpe::{Bpe, Work};
-use crate::cache::{self, Cache, INLINE, Key};
+use crate::cache::{Cache, LONGEST, Sought};
 use crate::error::Result;
 use crate::long_cache::LongCache;
 use crate::shared_cache::SharedCache;
 use crate::split::{BATCH, Piece, Sink};
 use crate::unigram::Unigram;
-use crate::vocab::{self, Vocab};
+use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 
 /// What turns a piece into ids.
@@ -68,7 +68,7 @@ pub struct Scratch {
     short: Cache,
     long: LongCache,
     work: Box<Work>,
-    keys: Box<[(Key, u64); BATCH]>,
+    sought: Box<[Sought; BATCH]>,
     /// Pieces that no cache has, and their hashes.
     missing: Vec<(usize, u64)>,
 }
@@ -81,8 +81,21 @@ impl Scratch {
             short: Cache::new(MOST_SHORT),
             long: LongCache::new(1),
             work: Box::default(),
-            keys: Box::new([(Key::default(), 0); BATCH]),
+            sought: Box::new([Sought::default(); BATCH]),
             missing: Vec::new(),
+        }
+    }
+
+    /// Fills in `sought` and starts to load where pieces are looked up.
+    #[inline(never)]
+    fn seek(&mut self, text: &[u8], pieces: &[Piece]) {
+        for (&(start, end), sought) in pieces.iter().zip(self.sought.iter_mut()) {
+            if end - start <= LONGEST {
+                *sought = Sought::new(text, start, end - start);
+                self.short.prefetch(sought);
+            } else {
+                *sought = Sought::long(self.long.seek(&text[start..end]));
+            }
         }
     }
 }
@@ -139,76 +152,74 @@ impl Encoder<'_> {
             spans.push(start + span.start..start + span.end);
         }
     }
+
+    /// Appends the ids of a piece that this thread has not seen, the `i`-th of some whose `sought` are there.
+    #[inline(never)]
+    fn take_new(&mut self, text: &[u8], pieces: &[Piece], i: usize) {
+        let Scratch { shared, short, long, work, sought, missing } = &mut *self.scratch;
+        // The tokenizer has one, each thread another.
+        let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
+        let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
+        if let Some(hash) = sought[i].long_hash()
+            && let Some(others) = others
+            && others.get(piece(i), hash, |ids| {
+                self.out.extend_from_slice(ids);
+                long.insert(piece(i), hash, ids);
+            })
+        {
+            return;
+        }
+        // Those of the rest that are not there either are encoded beside it.
+        missing.clear();
+        missing.push((i, sought[i].hash()));
+        for j in (i + 1..pieces.len()).filter(|&j| piece(j).len() <= LONGEST_BESIDE) {
+            let is_there = match sought[j].long_hash() {
+                None => short.has(&sought[j]),
+                Some(hash) => {
+                    long.get(piece(j), hash).is_some()
+                        || others.is_some_and(|others| {
+                            others.get(piece(j), hash, |ids| long.insert(piece(j), hash, ids))
+                        })
+                }
+            };
+            let hash = sought[j].hash();
+            if !is_there && !missing.iter().any(|&(_, other)| other == hash) {
+                missing.push((j, hash));
+            }
+        }
+        self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, |nth, ids| {
+            let (j, hash) = missing[nth];
+            if i == j {
+                self.out.extend_from_slice(ids);
+            }
+            if sought[j].long_hash().is_none() {
+                short.insert(&sought[j], ids);
+            } else {
+                if let Some(others) = others {
+                    others.insert(piece(j), hash, ids);
+                }
+                long.insert(piece(j), hash, ids);
+            }
+        });
+    }
 }
 
 impl Sink for Encoder<'_> {
     #[inline]
     fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
-        let Scratch { shared, short, long, work, keys, missing } = &mut *self.scratch;
-        // The tokenizer has one, each thread another.
-        let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
-        for (&(start, end), (key, hash)) in pieces.iter().zip(keys.iter_mut()) {
-            if end - start <= cache::LONGEST {
-                *key = cache::key(text, start, end - start);
-                *hash = cache::hash(key);
-                short.prefetch(*hash);
-            } else {
-                *hash = vocab::hash(&text[start..end]);
-                long.prefetch(*hash);
-            }
-        }
-        self.out.reserve(INLINE * pieces.len());
-        let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
-        let length = |i: usize| pieces[i].1 - pieces[i].0;
-        let is_short = |i: usize| length(i) <= cache::LONGEST;
-        for i in 0..pieces.len() {
-            let (key, hash) = &keys[i];
-            if is_short(i) {
-                if short.append(key, *hash, self.out) {
-                    continue;
-                }
-            } else if let Some(ids) = long.get(piece(i), *hash) {
+        self.scratch.seek(text, pieces);
+        let mut done = 0;
+        loop {
+            let Scratch { short, long, sought, .. } = &*self.scratch;
+            done += short.append(&sought[done..pieces.len()], self.out);
+            let Some(&(start, end)) = pieces.get(done) else { break };
+            let hash = sought[done].long_hash();
+            if let Some(ids) = hash.and_then(|hash| long.get(&text[start..end], hash)) {
                 self.out.extend_from_slice(ids);
-                continue;
-            } else if let Some(others) = others
-                && others.get(piece(i), *hash, |ids| {
-                    self.out.extend_from_slice(ids);
-                    long.insert(piece(i), *hash, ids);
-                })
-            {
-                continue;
+            } else {
+                self.take_new(text, pieces, done);
             }
-            // Those of the rest that are not there either are encoded beside it.
-            missing.clear();
-            missing.push((i, *hash));
-            for j in (i + 1..pieces.len()).filter(|&j| length(j) <= LONGEST_BESIDE) {
-                let (key, hash) = &keys[j];
-                let is_there = if is_short(j) {
-                    short.has(key, *hash)
-                } else {
-                    long.get(piece(j), *hash).is_some()
-                        || others.is_some_and(|others| {
-                            others.get(piece(j), *hash, |ids| long.insert(piece(j), *hash, ids))
-                        })
-                };
-                if !is_there && !missing.iter().any(|&(_, other)| other == *hash) {
-                    missing.push((j, *hash));
-                }
-            }
-            self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, |nth, ids| {
-                let (j, hash) = missing[nth];
-                if i == j {
-                    self.out.extend_from_slice(ids);
-                }
-                if is_short(j) {
-                    short.insert(&keys[j].0, hash, ids);
-                } else {
-                    if let Some(others) = others {
-                        others.insert(piece(j), hash, ids);
-                    }
-                    long.insert(piece(j), hash, ids);
-                }
-            });
+            done += 1;
         }
         if let Some(counted) = &mut self.counted {
             *counted += self.out.len();

@@ -54,7 +54,7 @@ mod tests {
         let pieces: Vec<Vec<u8>> = (0..2000u32).map(|i| i.to_le_bytes().repeat(4 + i as usize % 9)).collect();
         let ids = |piece: &[u8]| piece.chunks(3).map(|c| u32::from(c[0])).collect::<Vec<_>>();
         let encoded = |piece: &[u8]| {
-            let hash = crate::vocab::hash(piece);
+            let hash = crate::long_cache::hash(piece);
             let is_known = cache.get(piece, hash, |found| assert_eq!(found, ids(piece)));
             if !is_known {
                 cache.insert(piece, hash, &ids(piece));

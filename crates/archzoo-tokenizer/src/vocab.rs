@@ -139,7 +139,7 @@ impl Vocab {
             tokens.iter().for_each(|token| prefetch(first(token)));
             likely().for_each(|&id| prefetch(&self.ends[id as usize]));
             likely().for_each(|&id| {
-                bytes_of(&self.bytes, &self.ends, id).first().into_iter().for_each(prefetch);
+                bytes_of(&self.bytes, &self.ends, id).first().into_iter().for_each(|first| prefetch(first));
             });
             ids.extend(tokens.iter().map(|token| self.get(token)));
         }

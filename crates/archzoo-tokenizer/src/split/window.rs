@@ -23,10 +23,16 @@ struct Window {
     blank: u64,
     quote: u64,
     slash: u64,
-    /// Bytes of characters of several bytes, and those that are not their first.
+    /// Bytes of characters of several bytes, those that are not their first, and first ones of [`HAN`].
     wide: u64,
     tail: u64,
+    han: u64,
 }
+
+/// Characters of three bytes, told by the first, that have one class in each table: most of the Chinese ones.
+const HAN: std::ops::RangeInclusive<u8> = 0xe5..=0xe8;
+/// One of them.
+const HAN_CLASS: usize = 0x5000;
 
 /// The window of 64 bytes as if all were ASCII.
 #[cfg(target_arch = "x86_64")]
@@ -62,6 +68,7 @@ fn ascii(text: &[u8; WIDTH]) -> Option<Window> {
     let upper = mask(text, |b| between(b, b'A', b'Z'));
     let number = mask(text, |b| between(b, b'0', b'9'));
     let blank = is(b' ');
+    let wide = mask(text, |b| b);
     Some(Window {
         letter,
         number,
@@ -74,8 +81,9 @@ fn ascii(text: &[u8; WIDTH]) -> Option<Window> {
         blank,
         quote: is(b'\''),
         slash: is(b'/'),
-        wide: mask(text, |b| b),
+        wide,
         tail: mask(text, |b| unsafe { _mm_cmplt_epi8(b, all(0xc0)) }),
+        han: if wide == 0 { 0 } else { mask(text, |b| between(b, *HAN.start(), *HAN.end())) },
     })
 }
 
@@ -90,24 +98,33 @@ impl Window {
     #[inline(always)]
     fn new(table: &Table, text: &[u8], at: usize) -> Option<Self> {
         let mut window = ascii(text[at..].first_chunk()?)?;
-        let mut leads = window.wide & !window.tail;
+        if window.wide == 0 {
+            return Some(window);
+        }
+        let han = window.han;
+        window.add(table[HAN_CLASS], han | han << 1 | han << 2);
+        let mut leads = window.wide & !window.tail & !han;
         while leads != 0 {
             let i = leads.trailing_zeros() as usize;
             leads &= leads - 1;
             let (c, length) = decode(text, at + i);
-            let class = table[c];
-            let bytes = ((1 << length) - 1) << i;
-            let of = |bit: u8| if class & bit != 0 { bytes } else { 0 };
-            window.letter |= of(LETTER);
-            window.number |= of(NUMBER);
-            window.space |= of(SPACE);
-            window.newline |= of(NEWLINE);
-            window.symbol |= of(SYMBOL);
-            window.mark |= of(MARK);
-            window.upper |= of(UPPER);
-            window.lower |= of(LOWER);
+            window.add(table[c], ((1 << length) - 1) << i);
         }
         Some(window)
+    }
+
+    /// Gives bytes a class.
+    #[inline(always)]
+    fn add(&mut self, class: u8, bytes: u64) {
+        let of = |bit: u8| if class & bit != 0 { bytes } else { 0 };
+        self.letter |= of(LETTER);
+        self.number |= of(NUMBER);
+        self.space |= of(SPACE);
+        self.newline |= of(NEWLINE);
+        self.symbol |= of(SYMBOL);
+        self.mark |= of(MARK);
+        self.upper |= of(UPPER);
+        self.lower |= of(LOWER);
     }
 
     /// Neither letter nor number nor white space.
@@ -312,9 +329,20 @@ mod tests {
     use crate::classes;
 
     #[test]
+    fn most_chinese_characters_have_one_class() {
+        for table in [classes::unicode(), classes::deepseek()] {
+            assert!(table[0x5000..0x9000].iter().all(|&class| class == table[HAN_CLASS]));
+        }
+        let first = |c: char| c.encode_utf8(&mut [0; 4]).as_bytes()[0];
+        assert_eq!([first('\u{5000}'), first('\u{8fff}')], [*HAN.start(), *HAN.end()]);
+        assert!(!HAN.contains(&first('\u{4fff}')) && !HAN.contains(&first('\u{9000}')));
+    }
+
+    #[test]
     fn classes_are_those_of_the_table() {
         let table = classes::unicode();
-        let text: String = (1..0x2100).filter_map(char::from_u32).chain("一あ👍½٣\u{3000}".chars()).collect();
+        let text: String =
+            (1..0x2100).filter_map(char::from_u32).chain("一中国語あ👍½٣\u{3000}".chars()).collect();
         let text = text + &"x".repeat(WIDTH);
         for (at, _) in text.char_indices() {
             let Some(w) = Window::new(table, text.as_bytes(), at) else { break };
