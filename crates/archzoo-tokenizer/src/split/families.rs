@@ -72,11 +72,23 @@ pub enum Blanks {
     LinesThenEnd,
 }
 
+/// Bytes of the blocks that have but one ASCII blank, over and over, and have it once more behind them.
+#[inline(always)]
+fn whole_blocks(text: &[u8]) -> usize {
+    const BLOCK: usize = 32;
+
+    let Some(&byte @ (b'\t'..=b'\r' | b' ')) = text.first() else { return 0 };
+    let is_whole = |block: &&[u8; BLOCK]| **block == [byte; BLOCK];
+    let blocks = text[1..].as_chunks().0.iter().take_while(is_whole).count();
+    blocks * BLOCK
+}
+
 /// End of white space from `at`, where a blank is. `bound` are classes that count as the end of the text.
 #[inline(always)]
 fn blanks(table: &Table, text: &[u8], at: usize, how: Blanks, bound: u8) -> usize {
     let (mut end, mut last, mut after_newline) = (at, at, 0);
     let class = loop {
+        end += whole_blocks(&text[end..]);
         let (class, length) = class_at(table, text, end);
         if class & SPACE == 0 || length == 0 {
             break class;
