@@ -549,7 +549,7 @@ pub trait Pieces {
 }
 
 /// Pieces that are merged side by side.
-const BESIDE: usize = 4;
+const BESIDE: usize = 8;
 
 /// What merging several pieces needs.
 #[derive(Default)]
