@@ -228,3 +228,36 @@ impl Sink for Encoder<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::bpe::Symbols;
+
+    /// So many different pieces that both caches are emptied on the way.
+    #[test]
+    fn caches_are_emptied_within_a_batch() {
+        let tokens: Vec<_> = (0..=255).map(|byte: u8| ([byte], u32::from(byte))).collect();
+        let vocab = Vocab::new(&tokens, |_| true).unwrap();
+        let symbols = Symbols::Bytes(Box::new(std::array::from_fn(|byte| byte as u32)));
+        let model = Model::Bpe(Bpe::new(vocab, symbols, &[]).unwrap());
+        let mut scratch = Scratch::new(Arc::default());
+        let mut out = Vec::new();
+        for i in (0..150_000).step_by(25) {
+            let (mut text, mut pieces) = (Vec::new(), Vec::new());
+            for i in i..i + 25 {
+                for piece in [format!("{i:09}"), format!("{i:020}"), "a".into(), format!("{:09}", i - i % 25)]
+                {
+                    pieces.push((text.len(), text.len() + piece.len()));
+                    text.extend_from_slice(piece.as_bytes());
+                }
+            }
+            out.clear();
+            let scratch = &mut scratch;
+            let mut encoder = Encoder { model: &model, scratch, out: &mut out, counted: None, spans: None };
+            encoder.take(&text, &pieces).unwrap();
+            assert!(out.iter().copied().eq(text.iter().map(|&byte| u32::from(byte))));
+        }
+    }
+}
