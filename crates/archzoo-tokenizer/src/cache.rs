@@ -16,6 +16,9 @@ const MOST_BESIDE: usize = 1 << 20;
 /// A piece's bytes, zeros, and its length in the last byte: two words, which a processor can hold in registers.
 type Key = (u64, u64);
 
+/// Pairs that a piece is looked for in, at most: whoever writes pieces that hash alike makes nobody wait.
+const PROBES: usize = 64;
+
 /// Longest piece that has a key.
 pub const LONGEST: usize = 15;
 
@@ -86,9 +89,12 @@ fn last_words(piece: &[u8]) -> (u64, u64) {
     (both as u64, (both >> 64) as u64)
 }
 
+const NO_TEXT: u64 = 0xffff_ffff_9f4a_7c15;
+
 #[inline(always)]
 fn hash((low, high): Key) -> u64 {
-    fold(low ^ 0x7f4a_7c15, high ^ 0xc2b2_ae3d_27d4_eb4f)
+    // No text has the bytes that would make the product 0 whatever follows them.
+    fold(low ^ NO_TEXT, high ^ 0xc2b2_ae3d_27d4_eb4f)
 }
 
 /// A key, then four ids, two in a word.
@@ -97,6 +103,15 @@ type Slot = [u64; 4];
 #[repr(align(64))]
 #[derive(Clone, Copy)]
 struct Pair([Slot; 2]);
+
+impl Pair {
+    /// The slot of a piece, if one of the two is.
+    #[inline(always)]
+    fn slot(&self, sought: &Sought) -> &Slot {
+        // Which of the two it is follows no pattern that a processor could foresee.
+        select_unpredictable(is_of(&self.0[1], sought), &self.0[1], &self.0[0])
+    }
+}
 
 const FREE: Pair = Pair([[0; 4]; 2]);
 
@@ -131,7 +146,7 @@ impl Cache {
         find(&self.pairs, sought).is_some()
     }
 
-    /// Appends the ids of pieces up to the first that is not there to `out`, and returns how many they are.
+    /// Appends the ids of pieces up to the first that is not there to `out`. Returns the number of pieces.
     #[inline(never)]
     pub fn append(&self, sought: &[Sought], out: &mut Vec<u32>) -> usize {
         const { assert!(cfg!(target_endian = "little")) };
@@ -144,8 +159,8 @@ impl Cache {
             found += 1;
             let count = slot[3] >> COUNT_SHIFT;
             if count != MANY {
-                // SAFETY: the capacity has room for four ids of each piece; the length then covers only what was
-                // written.
+                // SAFETY: the capacity has room for four ids of each piece; no other count is above four, so the
+                // length then covers only what was written.
                 unsafe {
                     // Word by word: ids that are put together before they are written wait for each other.
                     let end = start.add(length).cast::<u64>();
@@ -182,19 +197,23 @@ impl Cache {
             self.beside.extend_from_slice(ids);
             (two(start, self.beside.len() as u32), 0, MANY)
         };
+        // `append` relies on the count.
+        assert_eq!(high >> COUNT_SHIFT, 0, "an id of more than 28 bits");
         self.place([sought.key.0, sought.key.1, low, high | count << COUNT_SHIFT], sought.hash);
-        self.used += 1;
     }
 
+    /// Takes a free slot, or if none is near, that of another piece.
     fn place(&mut self, slot: Slot, hash: u64) {
-        let mut at = self.home(hash);
-        loop {
+        let home = self.home(hash);
+        for at in home..home + PROBES {
+            let at = at & (self.pairs.len() - 1);
             if let Some(free) = self.pairs[at].0.iter_mut().find(|slot| slot[1] == 0) {
                 *free = slot;
+                self.used += 1;
                 return;
             }
-            at = (at + 1) & (self.pairs.len() - 1);
         }
+        self.pairs[home].0[0] = slot;
     }
 
     #[cold]
@@ -206,6 +225,7 @@ impl Cache {
             return;
         }
         let larger = vec![FREE; 2 * self.pairs.len()];
+        self.used = 0;
         for Pair(pair) in std::mem::replace(&mut self.pairs, larger) {
             for slot in pair.into_iter().filter(|slot| slot[1] != 0) {
                 self.place(slot, hash((slot[0], slot[1])));
@@ -216,20 +236,35 @@ impl Cache {
 
 #[inline(always)]
 fn find<'a>(pairs: &'a [Pair], sought: &Sought) -> Option<&'a Slot> {
-    let mut at = sought.hash as usize & (pairs.len() - 1);
-    loop {
-        let Pair(pair) = &pairs[at];
-        let differs = |slot: &Slot| slot[0] ^ sought.key.0 | slot[1] ^ sought.key.1;
-        // Which of the two it is follows no pattern that a processor could foresee.
-        let slot = select_unpredictable(differs(&pair[1]) == 0, &pair[1], &pair[0]);
-        if differs(slot) == 0 {
+    let pair = &pairs[sought.hash as usize & (pairs.len() - 1)];
+    let slot = pair.slot(sought);
+    if is_of(slot, sought) {
+        return Some(slot);
+    }
+    if pair.0[1][1] == 0 { None } else { find_behind(pairs, sought) }
+}
+
+/// The same, not in the first pair.
+#[inline(never)]
+fn find_behind<'a>(pairs: &'a [Pair], sought: &Sought) -> Option<&'a Slot> {
+    let mut at = sought.hash as usize;
+    for _ in 1..PROBES {
+        at = at.wrapping_add(1);
+        let pair = &pairs[at & (pairs.len() - 1)];
+        let slot = pair.slot(sought);
+        if is_of(slot, sought) {
             return Some(slot);
         }
-        if pair[1][1] == 0 {
-            return None;
+        if pair.0[1][1] == 0 {
+            break;
         }
-        at = (at + 1) & (pairs.len() - 1);
     }
+    None
+}
+
+#[inline(always)]
+fn is_of(slot: &Slot, sought: &Sought) -> bool {
+    (slot[0] ^ sought.key.0 | slot[1] ^ sought.key.1) == 0
 }
 
 /// Starts to load what is at a place.
@@ -278,5 +313,19 @@ mod tests {
         }
         assert_eq!(cache.pairs.len(), 2048);
         assert!(cache.beside.len() <= MOST_BESIDE);
+    }
+
+    #[test]
+    fn pieces_of_one_hash_take_no_longer() {
+        let mut cache = Cache::new(1 << 18);
+        let text = |i: u64| [NO_TEXT.to_le_bytes(), i.to_le_bytes()].concat();
+        for i in 0..100_000 {
+            let piece = Sought::new(&text(i), 0, 15);
+            assert_eq!(piece.hash, 0);
+            cache.insert(&piece, &[i as u32]);
+            let mut out = Vec::new();
+            assert_eq!((cache.append(&[piece], &mut out), &out[..]), (1, &[i as u32][..]));
+        }
+        assert!(cache.used <= 2 * PROBES);
     }
 }

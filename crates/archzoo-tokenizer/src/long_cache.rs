@@ -18,6 +18,9 @@ const MOST_SLOTS: usize = 1 << 17;
 const MOST_TEXT: usize = 1 << 23;
 const MOST_IDS: usize = 1 << 21;
 
+/// Slots that a piece is looked for in, at most: whoever writes pieces that hash alike makes nobody wait.
+const PROBES: usize = 32;
+
 /// Open addressing, at most half full, emptied when it may not grow.
 pub struct LongCache {
     /// One of how many that share the room.
@@ -52,10 +55,10 @@ impl LongCache {
     #[inline]
     pub fn get(&self, piece: &[u8], hash: u64) -> Option<&[u32]> {
         let mut at = self.home(hash);
-        loop {
+        for _ in 0..PROBES {
             let slot = &self.slots[at];
             if slot.length == 0 {
-                return None;
+                break;
             }
             if slot.hash == hash && slot.length as usize == piece.len() {
                 let text = slot.text as usize;
@@ -66,6 +69,7 @@ impl LongCache {
             }
             at = (at + 1) & (self.slots.len() - 1);
         }
+        None
     }
 
     /// Keeps the ids of a piece that is not there, unless it is too long.
@@ -90,7 +94,6 @@ impl LongCache {
         self.text.extend_from_slice(piece);
         self.ids.extend_from_slice(ids);
         self.place(slot);
-        self.used += 1;
     }
 
     fn clear(&mut self) {
@@ -100,12 +103,12 @@ impl LongCache {
         self.used = 0;
     }
 
+    /// Takes a free slot, or if none is near, that of another piece.
     fn place(&mut self, slot: Slot) {
-        let mut at = self.home(slot.hash);
-        while self.slots[at].length != 0 {
-            at = (at + 1) & (self.slots.len() - 1);
-        }
-        self.slots[at] = slot;
+        let (home, last) = (self.home(slot.hash), self.slots.len() - 1);
+        let free = (home..home + PROBES).map(|at| at & last).find(|&at| self.slots[at].length == 0);
+        self.used += usize::from(free.is_some());
+        self.slots[free.unwrap_or(home)] = slot;
     }
 
     #[cold]
@@ -116,6 +119,7 @@ impl LongCache {
             return;
         }
         let larger = vec![Slot::default(); (self.slots.len() * 4).min(most)];
+        self.used = 0;
         for slot in std::mem::replace(&mut self.slots, larger) {
             if slot.length != 0 {
                 self.place(slot);
@@ -129,7 +133,9 @@ pub fn hash(piece: &[u8]) -> u64 {
     let Some(last) = piece.last_chunk() else { return vocab::hash(piece) };
     let mix = |state: u64, block: &[u8; 16]| {
         let both = u128::from_le_bytes(*block);
-        vocab::fold(state ^ both as u64, (both >> 64) as u64 ^ 0xc2b2_ae3d_27d4_eb4f)
+        let (a, b) = (state ^ both as u64, (both >> 64) as u64 ^ 0xc2b2_ae3d_27d4_eb4f);
+        // So that a factor of 0 does not swallow the other.
+        vocab::fold(a, b) ^ a ^ b
     };
     let (blocks, rest) = piece.as_chunks();
     let state = blocks.iter().fold(piece.len() as u64 ^ 0x9e37_79b9_7f4a_7c15, mix);
@@ -169,5 +175,29 @@ mod tests {
         let giant = vec![1; MOST_TEXT];
         cache.insert(&giant, 5, &[1]);
         assert!(cache.get(&giant, 5).is_none());
+    }
+
+    #[test]
+    fn pieces_of_one_hash_take_no_longer() {
+        let mut cache = LongCache::new(1);
+        for i in 0..60_000u32 {
+            let piece = [&[7; 40][..], &i.to_le_bytes()].concat();
+            cache.insert(&piece, 5, &[i]);
+            assert_eq!(cache.get(&piece, 5), Some(&[i][..]));
+        }
+        assert_eq!(cache.used, PROBES);
+    }
+
+    #[test]
+    fn every_byte_of_a_piece_counts() {
+        for length in [16, 17, 31, 32, 33, 48, 49] {
+            let piece: Vec<u8> = (0..length).collect();
+            assert!(is_same(&piece, &piece.clone()));
+            for i in 0..usize::from(length) {
+                let mut other = piece.clone();
+                other[i] ^= 1;
+                assert!(!is_same(&piece, &other) && hash(&piece) != hash(&other), "{length} {i}");
+            }
+        }
     }
 }

@@ -32,7 +32,7 @@ struct Window {
 /// Characters of three bytes, told by the first, that have one class in each table: most of the Chinese ones.
 const HAN: std::ops::RangeInclusive<u8> = 0xe5..=0xe8;
 /// One of them.
-const HAN_CLASS: usize = 0x5000;
+const ONE_HAN: usize = 0x5000;
 
 /// The window of 64 bytes as if all were ASCII.
 #[cfg(target_arch = "x86_64")]
@@ -102,7 +102,7 @@ impl Window {
             return Some(window);
         }
         let han = window.han;
-        window.add(table[HAN_CLASS], han | han << 1 | han << 2);
+        window.add(table[ONE_HAN], han | han << 1 | han << 2);
         let mut leads = window.wide & !window.tail & !han;
         while leads != 0 {
             let i = leads.trailing_zeros() as usize;
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn most_chinese_characters_have_one_class() {
         for table in [classes::unicode(), classes::deepseek()] {
-            assert!(table[0x5000..0x9000].iter().all(|&class| class == table[HAN_CLASS]));
+            assert!(table[0x5000..0x9000].iter().all(|&class| class == table[ONE_HAN]));
         }
         let first = |c: char| c.encode_utf8(&mut [0; 4]).as_bytes()[0];
         assert_eq!([first('\u{5000}'), first('\u{8fff}')], [*HAN.start(), *HAN.end()]);
