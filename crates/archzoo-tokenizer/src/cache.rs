@@ -2,7 +2,7 @@
 
 use std::hint::select_unpredictable;
 
-use crate::vocab::fold;
+use crate::vocab::{MIX, fold};
 
 /// Ids kept in a slot; those of a piece with more are kept beside the slots.
 const INLINE: usize = 4;
@@ -89,12 +89,12 @@ fn last_words(piece: &[u8]) -> (u64, u64) {
     (both as u64, (both >> 64) as u64)
 }
 
+/// A first word that no text has: it would make a hash 0 whatever follows.
 const NO_TEXT: u64 = 0xffff_ffff_9f4a_7c15;
 
 #[inline(always)]
 fn hash((low, high): Key) -> u64 {
-    // No text has the bytes that would make the product 0 whatever follows them.
-    fold(low ^ NO_TEXT, high ^ 0xc2b2_ae3d_27d4_eb4f)
+    fold(low ^ NO_TEXT, high ^ MIX[1])
 }
 
 /// A key, then four ids, two in a word.

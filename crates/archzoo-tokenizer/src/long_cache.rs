@@ -1,7 +1,7 @@
 //! The ids of pieces seen before, for pieces of any length.
 
 use crate::cache::prefetch;
-use crate::vocab;
+use crate::vocab::{self, MIX};
 
 /// Where a piece's bytes and ids are among all, and its hash; free if it has no bytes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -133,12 +133,12 @@ pub fn hash(piece: &[u8]) -> u64 {
     let Some(last) = piece.last_chunk() else { return vocab::hash(piece) };
     let mix = |state: u64, block: &[u8; 16]| {
         let both = u128::from_le_bytes(*block);
-        let (a, b) = (state ^ both as u64, (both >> 64) as u64 ^ 0xc2b2_ae3d_27d4_eb4f);
+        let (a, b) = (state ^ both as u64, (both >> 64) as u64 ^ MIX[1]);
         // So that a factor of 0 does not swallow the other.
         vocab::fold(a, b) ^ a ^ b
     };
     let (blocks, rest) = piece.as_chunks();
-    let state = blocks.iter().fold(piece.len() as u64 ^ 0x9e37_79b9_7f4a_7c15, mix);
+    let state = blocks.iter().fold(piece.len() as u64 ^ MIX[0], mix);
     if rest.is_empty() { state } else { mix(state, last) }
 }
 

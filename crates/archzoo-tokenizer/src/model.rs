@@ -188,17 +188,18 @@ impl Encoder<'_> {
             }
         }
         self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, |nth, ids| {
-            let (j, hash) = missing[nth];
+            let (j, _) = missing[nth];
             if i == j {
                 self.out.extend_from_slice(ids);
             }
-            if sought[j].long_hash().is_none() {
-                short.insert(&sought[j], ids);
-            } else {
-                if let Some(others) = others {
-                    others.insert(piece(j), hash, ids);
+            match sought[j].long_hash() {
+                None => short.insert(&sought[j], ids),
+                Some(hash) => {
+                    if let Some(others) = others {
+                        others.insert(piece(j), hash, ids);
+                    }
+                    long.insert(piece(j), hash, ids);
                 }
-                long.insert(piece(j), hash, ids);
             }
         });
     }
