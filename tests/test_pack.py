@@ -215,7 +215,10 @@ def test_a_missing_package_is_named(
         ("a.jsonl", b'{"text": "a"} x', "line 1: trailing characters at line 1 column 15"),
         ("a.jsonl", b'{"text": "a\xff"}', "line 1: invalid utf-8"),
         ("a.txt", b"ab\xff", "a.txt: not UTF-8"),
-        ("a.txt.gz", b"ab", "a.txt.gz: Not a gzipped file"),
+        ("a.txt.gz", b"ab", "a.txt.gz: Compressed file ended before"),
+        ("a.txt.gz", b"not what gzip has written", "a.txt.gz: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"ab")[:-6], "a.txt.gz: Compressed file ended before"),
+        ("a.txt.gz", gzip.compress(b"ab")[:10] + bytes(16), "a.txt.gz: Error -1"),
         ("a.pdf", b"", "a.pdf: unknown kind of file"),
     ],
 )
@@ -262,7 +265,7 @@ def test_lines_are_read_as_python_reads_them() -> None:
     rng = random.Random(0)
     accepted = 0
     for _ in range(20_000):
-        texts = ["", "a", 'b"\n\\', "é\U0001f600" * 20, "\x00\t/"]
+        texts = ["", "a", 'b"\n\\', "é\U0001f600" * 20, "\x00\t/", "ab" * rng.randrange(20)]
         fields = [(rng.choice(["id", "text", 't"']), rng.choice([*texts, 1, -2.5e9, None, [{}, "]"]]))]
         fields += [("text", rng.choice(texts)), ("text", rng.choice(texts))][rng.randrange(2) :]
         rng.shuffle(fields)
@@ -272,7 +275,9 @@ def test_lines_are_read_as_python_reads_them() -> None:
         for _ in range(rng.randrange(3)):
             at = rng.randrange(len(line) + 1)
             line = line[:at] + rng.choice(PIECES) + line[at + rng.randrange(3) :]
-        found, count, fault = _rust.json_texts(f"{line}\n".encode(), "text")
+        content = f"{line}\n".encode()
+        cut = rng.randrange(len(content) + 1)
+        found, count, fault = _rust.json_texts(content[:cut], content[cut:], "text")
         want = python_text(line)
         assert list(found) == ([] if want is None else [want]), line
         assert (count == 0) == (fault is not None) == (want is None), line

@@ -29,6 +29,7 @@ __all__ = [
     "eplb",
     "experts",
     "file_texts",
+    "file_xxh3",
     "gate",
     "gated_rms_norm",
     "has_bfloat16",
@@ -73,8 +74,11 @@ class Texts:
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[str]: ...
 
-def json_texts(lines: bytes, key: str) -> tuple[Texts, int, str | None]:
-    """The text at `key` of every JSON object, one a line; how many lines; what is wrong with the next one."""
+def json_texts(block: bytes, rest: bytes, key: str) -> tuple[Texts, int, str | None]:
+    """The text at `key` of every JSON object, one a line; how many lines; what is wrong with the next one.
+
+    The lines are those of `block`, the last of which goes on in `rest`.
+    """
 
 def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
     """The start of a text file, up to a line that does not start with white space; how many bytes that is.
@@ -84,6 +88,9 @@ def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
 
 def file_texts(paths: Sequence[str | os.PathLike[str]]) -> Texts:
     """The texts of whole files. OSError or ValueError names the one that cannot be read or is not UTF-8."""
+
+def file_xxh3(path: str | os.PathLike[str]) -> str:
+    """xxh3-128 of a file's content, in 32 hexadecimal digits."""
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""

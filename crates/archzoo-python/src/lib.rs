@@ -7,6 +7,7 @@ mod decode;
 mod eplb;
 mod gate;
 mod gguf;
+mod json_lines;
 mod plan;
 mod pool;
 mod texts;
@@ -38,7 +39,7 @@ mod _rust {
     #[pymodule_export]
     use super::plan::plan;
     #[pymodule_export]
-    use super::texts::{Texts, file_texts, json_texts, text_start};
+    use super::texts::{Texts, file_texts, file_xxh3, json_texts, text_start};
     #[pymodule_export]
     use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat, split_patterns};
 

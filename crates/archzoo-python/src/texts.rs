@@ -1,7 +1,5 @@
 //! Texts on their way from files into a tokenizer, without Python objects between.
 
-use std::borrow::Cow;
-use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
@@ -10,8 +8,9 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyIterator, PyList};
-use serde::Deserializer;
-use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
+use twox_hash::XxHash3_128;
+
+use crate::json_lines;
 
 /// Texts, one after the other in memory; as many strings for who iterates.
 #[pyclass(frozen, module = "archzoo._rust")]
@@ -46,21 +45,33 @@ impl Texts {
 }
 
 /// The text at `key` of every JSON object, one a line, blank lines skipped; how many lines; what is wrong with the next.
+/// The lines are those of `block`, the last of which goes on in `rest`.
 #[pyfunction]
-pub fn json_texts(py: Python, lines: PyBackedBytes, key: &str) -> (Texts, usize, Option<String>) {
+pub fn json_texts(
+    py: Python,
+    block: PyBackedBytes,
+    rest: PyBackedBytes,
+    key: &str,
+) -> (Texts, usize, Option<String>) {
     py.detach(|| {
-        let mut texts = Texts { content: String::with_capacity(lines.len()), ends: Vec::new() };
-        let (mut start, mut number) = (0, 0);
-        for end in memchr::memchr_iter(b'\n', &lines).chain([lines.len()]) {
-            let line = &lines[start..end];
-            if !line.trim_ascii().is_empty() {
-                if let Err(error) = add_text(line, key, &mut texts.content) {
-                    return (texts, number, Some(error.to_string()));
-                }
-                texts.end();
+        let mut texts = Texts { content: String::with_capacity(block.len() + rest.len()), ends: Vec::new() };
+        let (lines, last) = block.split_at(memchr::memrchr(b'\n', &block).map_or(0, |at| at + 1));
+        let last = [last, &rest].concat();
+        let mut number = 0;
+        for mut lines in [lines, &last] {
+            let is_text = simdutf8::basic::from_utf8(lines).is_ok();
+            while !lines.is_empty() {
+                lines = match json_lines::add_text(lines, is_text, key, &mut texts.content) {
+                    Ok((is_found, after)) => {
+                        if is_found {
+                            texts.end();
+                        }
+                        after
+                    }
+                    Err(error) => return (texts, number, Some(error.to_string())),
+                };
+                lines = lines.strip_prefix(b"\n").inspect(|_| number += 1).unwrap_or(lines);
             }
-            number += usize::from(end < lines.len());
-            start = end + 1;
         }
         (texts, number, None)
     })
@@ -113,153 +124,23 @@ pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<Texts> {
     })
 }
 
-fn not_utf8(error: simdutf8::compat::Utf8Error) -> String {
-    format!("not UTF-8 text: {error}")
-}
-
-/// Appends the text of a line to `out`.
-fn add_text(line: &[u8], key: &str, out: &mut String) -> serde_json::Result<()> {
-    let line = simdutf8::compat::from_utf8(line).map_err(serde_json::Error::custom)?;
-    let start = out.len();
-    if add_plain_text(line, key, out).is_some() {
-        return Ok(());
-    }
-    out.truncate(start);
-    let mut json = serde_json::Deserializer::from_str(line);
-    Object { key, out }.deserialize(&mut json)?;
-    json.end()
-}
-
-/// As `add_text`, but about twice as fast; leaves what is rare, and all faults, to serde.
-fn add_plain_text(line: &str, key: &str, out: &mut String) -> Option<()> {
-    let line = line.strip_suffix('\r').unwrap_or(line);
-    // The only characters that may not be in a string.
-    if line.bytes().fold(false, |any, byte| any | (byte < b' ')) {
-        return None;
-    }
-    let start = out.len();
-    let mut is_found = false;
-    let mut rest = line.trim_ascii().strip_prefix('{')?;
-    loop {
-        let (name, value) = rest.trim_ascii_start().strip_prefix('"')?.split_once('"')?;
-        let value = value.trim_ascii_start().strip_prefix(':')?.trim_ascii_start();
-        if name.contains('\\') {
-            return None;
-        }
-        rest = if name == key {
-            out.truncate(start);
-            is_found = true;
-            add_string(value.strip_prefix('"')?, out)?
-        } else {
-            let mut values = serde_json::Deserializer::from_str(value).into_iter::<IgnoredAny>();
-            values.next()?.ok()?;
-            value.get(values.byte_offset()..)?
-        };
-        rest = rest.trim_ascii_start();
-        match rest.strip_prefix(',') {
-            Some(more) => rest = more,
-            None => return (is_found && rest == "}").then_some(()),
-        }
-    }
-}
-
-/// Appends a string without control characters, of which the first quote is left out; what follows the last one.
-fn add_string<'a>(mut rest: &'a str, out: &mut String) -> Option<&'a str> {
-    loop {
-        let (run, after) = rest.split_at_checked(memchr::memchr2(b'"', b'\\', rest.as_bytes())?)?;
-        out.push_str(run);
-        let Some(escape) = after.strip_prefix('\\') else { return after.strip_prefix('"') };
-        let (letter, after) = escape.split_at_checked(1)?;
-        rest = after;
-        out.push(match letter {
-            "n" => '\n',
-            "t" => '\t',
-            "r" => '\r',
-            "b" => '\u{8}',
-            "f" => '\u{c}',
-            "\"" => '"',
-            "\\" => '\\',
-            "/" => '/',
-            "u" => character(&mut rest)?,
-            _ => return None,
-        });
-    }
-}
-
-/// The character of the hexadecimal digits that follow a `\u`, and of a second half if this is the first of two.
-fn character(rest: &mut &str) -> Option<char> {
-    let first = unit(rest)?;
-    char::from_u32(first.into()).or_else(|| {
-        *rest = rest.strip_prefix("\\u")?;
-        char::decode_utf16([first, unit(rest)?]).next()?.ok()
-    })
-}
-
-/// Four hexadecimal digits.
-fn unit(rest: &mut &str) -> Option<u16> {
-    let (digits, after) = rest.split_at_checked(4)?;
-    *rest = after;
-    // Of a sign too, Rust would make a number.
-    if digits.starts_with('+') { None } else { u16::from_str_radix(digits, 16).ok() }
-}
-
-/// An object of which the text at `key` is wanted; the others are passed over.
-struct Object<'a> {
-    key: &'a str,
-    out: &'a mut String,
-}
-
-impl<'de> DeserializeSeed<'de> for Object<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Object<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "a JSON object with text at '{}'", self.key)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let start = self.out.len();
-        let mut is_found = false;
-        while let Some(key) = map.next_key::<Cow<str>>()? {
-            if key == self.key {
-                self.out.truncate(start);
-                map.next_value_seed(Text(self.out))?;
-                is_found = true;
-            } else {
-                map.next_value::<IgnoredAny>()?;
+/// xxh3-128 of a file's content, in 32 hexadecimal digits.
+#[pyfunction]
+pub fn file_xxh3(py: Python, path: PathBuf) -> PyResult<String> {
+    py.detach(|| {
+        let mut hash = XxHash3_128::new();
+        let mut block = vec![0; 1 << 18];
+        let mut file = File::open(&path)?;
+        loop {
+            match file.read(&mut block)? {
+                0 => return Ok(format!("{:032x}", hash.finish_128())),
+                size => hash.write(&block[..size]),
             }
         }
-        if is_found { Ok(()) } else { Err(A::Error::custom(format_args!("no text at '{}'", self.key))) }
-    }
+    })
+    .map_err(|e: std::io::Error| PyOSError::new_err(format!("{}: {e}", path.display())))
 }
 
-/// A string that is appended to another.
-struct Text<'a>(&'a mut String);
-
-impl<'de> DeserializeSeed<'de> for Text<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Text<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a string")
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<(), E> {
-        self.0.push_str(text);
-        Ok(())
-    }
+fn not_utf8(error: simdutf8::compat::Utf8Error) -> String {
+    format!("not UTF-8 text: {error}")
 }

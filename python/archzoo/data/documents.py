@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from isal import igzip, isal_zlib
 
 from archzoo import _rust
 from archzoo.errors import InputError
@@ -71,7 +72,7 @@ class Documents:
             with _decompressed(self._raw, self.path) as file:
                 try:
                     yield from self._lines(file) if name.endswith(LINES) else self._text(file)
-                except (EOFError, OSError) as error:  # of gzip
+                except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # wrong in its stubs
                     raise InputError(f"{self.path}: {error}") from None
 
     def _text(self, file: IO[bytes]) -> Iterator[Block]:
@@ -91,9 +92,10 @@ class Documents:
             held = held[size:]
 
     def _lines(self, file: IO[bytes]) -> Iterator[Block]:
-        number = 1
-        while block := file.read(BLOCK) + file.readline():
-            texts, count, fault = _rust.json_texts(block, self.text_key)
+        number, size = 1, min(1 << 18, BLOCK)
+        while block := file.read(size):
+            size = min(2 * size, BLOCK)  # the first ones are short, so that their encoding starts soon
+            texts, count, fault = _rust.json_texts(block, file.readline(), self.text_key)
             number += count
             if len(texts):
                 yield Block(texts)
@@ -129,7 +131,7 @@ def small_texts(paths: Sequence[Path]) -> Block:
 
 def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+        return io.BufferedReader(igzip.IGzipFile(fileobj=raw), 1 << 20)
     if path.suffix == ".zst":
         zstandard = _optional("zstandard", path)
         reader: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)

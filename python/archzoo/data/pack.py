@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from archzoo._rust import Texts
+from archzoo._rust import Texts, file_xxh3
 from archzoo.data.documents import BLOCK, TEXT, Block, Documents, input_files, small_texts
 from archzoo.data.files import replace_text, sync, sync_folder
 from archzoo.errors import InputError, PackError
@@ -68,11 +68,11 @@ class _Data(BaseModel):
 
 
 class PackInput(_Data):
-    """A file that was packed, named relative to the folder that holds all of them."""
+    """A file that was packed, named relative to the folder that holds all of them, and its xxh3-128."""
 
     name: str
     bytes: int
-    sha256: str
+    xxh3: str
 
 
 class PackShard(_Data):
@@ -277,7 +277,7 @@ class _Packer:
             if (self.folder / MANIFEST).exists():
                 return self._same(PackManifest.read(self.folder))
             stop = threading.Event()
-            hashes = hasher.submit(lambda: [_sha256(path) for path in self.files if not stop.is_set()])
+            hashes = hasher.submit(lambda: [file_xxh3(path) for path in self.files if not stop.is_set()])
             try:
                 self._write(progress)
             except BaseException:
@@ -291,7 +291,7 @@ class _Packer:
             documents=sum(shard.documents for shard in shards),
             settings=self.settings,
             inputs=tuple(
-                PackInput(name=name, bytes=size, sha256=digest)
+                PackInput(name=name, bytes=size, xxh3=digest)
                 for name, size, digest in zip(self.names, self.sizes, digests, strict=True)
             ),
             shards=shards,
@@ -305,7 +305,7 @@ class _Packer:
         mine = list(zip(self.names, self.sizes, strict=True))
         theirs = [(entry.name, entry.bytes) for entry in manifest.inputs]
         same = manifest.settings == self.settings and mine == theirs
-        if not same or [_sha256(p) for p in self.files] != [entry.sha256 for entry in manifest.inputs]:
+        if not same or [file_xxh3(p) for p in self.files] != [entry.xxh3 for entry in manifest.inputs]:
             raise PackError(f"{self.folder}: already holds a pack of other inputs or settings")
         return manifest
 
@@ -539,11 +539,7 @@ def _eos(tokenizer: PackTokenizer, name: str | None) -> int:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
-        start = file.read(_SMALL)
-        digest = hashlib.sha256(start)
-        if len(start) == _SMALL:
-            hashlib.file_digest(file, lambda: digest)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, content: BaseModel) -> None:
