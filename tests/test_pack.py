@@ -158,6 +158,21 @@ def test_a_large_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.M
     assert texts_of(Pack(tmp_path / "out")) == [text]
 
 
+@pytest.mark.parametrize(
+    ("size", "digest"),
+    [
+        (0, "99aa06d3014798d86001c324468d497f"),
+        (17, "685bc458b37d057fc06e233df7729217"),
+        (512_000, "7467d0a77655fc0e5d90bc7b3dfdf1cb"),
+    ],
+)
+def test_inputs_are_told_apart_by_xxh3(tmp_path: Path, size: int, digest: str) -> None:
+    """The values are those of the xxhash package."""
+    path = tmp_path / "a"
+    path.write_bytes((bytes(range(256)) * 2000)[:size])
+    assert _rust.file_xxh3(path) == digest
+
+
 def test_wide_ids_and_a_real_tokenizer(tmp_path: Path) -> None:
     texts = words(200)
     content = archzoo.train_bpe(texts, 300)
