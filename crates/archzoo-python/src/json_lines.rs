@@ -115,7 +115,7 @@ fn add_window(block: &[u8; REACH], out: &mut Vec<u8>) -> usize {
         out.push(byte);
         (from, len) = (at + 2, out.len());
         append(from, out);
-        ends = ends.checked_shr(from as u32).unwrap_or(0).checked_shl(from as u32).unwrap_or(0);
+        ends &= u64::MAX.checked_shl(from as u32).unwrap_or(0);
     }
     let end = from.max(WINDOW);
     out.truncate(len + end - from);

@@ -1,8 +1,8 @@
 //! Texts on their way from files into a tokenizer, without Python objects between.
 
 use std::fs::File;
-use std::io::Read;
-use std::path::PathBuf;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
@@ -61,16 +61,19 @@ pub fn json_texts(
         for mut lines in [lines, &last] {
             let is_text = simdutf8::basic::from_utf8(lines).is_ok();
             while !lines.is_empty() {
-                lines = match json_lines::add_text(lines, is_text, key, &mut texts.content) {
+                match json_lines::add_text(lines, is_text, key, &mut texts.content) {
                     Ok((is_found, after)) => {
+                        lines = after;
                         if is_found {
                             texts.end();
                         }
-                        after
                     }
                     Err(error) => return (texts, number, Some(error.to_string())),
-                };
-                lines = lines.strip_prefix(b"\n").inspect(|_| number += 1).unwrap_or(lines);
+                }
+                if let Some(after) = lines.strip_prefix(b"\n") {
+                    lines = after;
+                    number += 1;
+                }
             }
         }
         (texts, number, None)
@@ -114,7 +117,7 @@ pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<Texts> {
         for path in &paths {
             content.clear();
             let read = File::open(path).and_then(|mut file| file.read_to_end(&mut content));
-            read.map_err(|e| PyOSError::new_err(format!("{}: {e}", path.display())))?;
+            read.map_err(|e| not_read(path, &e))?;
             let text = simdutf8::compat::from_utf8(&content);
             texts.content +=
                 text.map_err(|e| PyValueError::new_err(format!("{}: {}", path.display(), not_utf8(e))))?;
@@ -130,15 +133,20 @@ pub fn file_xxh3(py: Python, path: PathBuf) -> PyResult<String> {
     py.detach(|| {
         let mut hash = XxHash3_128::new();
         let mut block = vec![0; 1 << 18];
-        let mut file = File::open(&path)?;
+        let mut file = File::open(&path).map_err(|e| not_read(&path, &e))?;
         loop {
-            match file.read(&mut block)? {
-                0 => return Ok(format!("{:032x}", hash.finish_128())),
-                size => hash.write(&block[..size]),
+            match file.read(&mut block) {
+                Ok(0) => return Ok(format!("{:032x}", hash.finish_128())),
+                Ok(size) => hash.write(&block[..size]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(not_read(&path, &e)),
             }
         }
     })
-    .map_err(|e: std::io::Error| PyOSError::new_err(format!("{}: {e}", path.display())))
+}
+
+fn not_read(path: &Path, error: &io::Error) -> PyErr {
+    PyOSError::new_err(format!("{}: {error}", path.display()))
 }
 
 fn not_utf8(error: simdutf8::compat::Utf8Error) -> String {
