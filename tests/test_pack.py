@@ -190,11 +190,10 @@ def test_wide_ids_and_a_real_tokenizer(tmp_path: Path) -> None:
 
 def test_parquet_and_zstd(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    zstandard = pytest.importorskip("zstandard")
     texts = words(3000)
     parquet.write_table(pyarrow.table({"body": texts[:2000]}), tmp_path / "a.parquet")
     lines = "".join(json.dumps({"body": t}) + "\n" for t in texts[2000:]).encode()
-    frames = [zstandard.compress(lines[:1000]), zstandard.compress(lines[1000:])]
+    frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (lines[:1000], lines[1000:])]
     (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
     write_pack([tmp_path], Bytes(), tmp_path / "out", text_key="body", append_eos=True)
     assert texts_of(Pack(tmp_path / "out")) == texts
@@ -202,7 +201,26 @@ def test_parquet_and_zstd(tmp_path: Path) -> None:
         write_pack([tmp_path], Bytes(), tmp_path / "no")
 
 
-@pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_a_damaged_zstd_file_is_named(tmp_path: Path) -> None:
+    """Wherever it was cut: a text that lacks its end looks like a whole one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.txt.zst"
+    frame = pyarrow.compress(random.Random(0).randbytes(200_000).hex().encode(), "zstd", asbytes=True)
+    size = len(frame)
+    for cut in (0, 1, 3, 6, 1000, size - 1, size, size + 1, size + 9, size + 70_000, 2 * size - 1, 2 * size):
+        path.write_bytes((frame + frame)[:cut])
+        if cut % size == 0:
+            manifest = write_pack([path], Bytes(), tmp_path / f"out{cut}")
+            assert manifest.tokens == cut // size * 400_000
+            continue
+        with pytest.raises(InputError, match=r"a\.txt\.zst: Truncated compressed stream"):
+            write_pack([path], Bytes(), tmp_path / "out")
+    path.write_bytes(frame + b"nonsense")
+    with pytest.raises(InputError, match=r"a\.txt\.zst: ZSTD decompress failed"):
+        write_pack([path], Bytes(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "pyarrow")])
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
 ) -> None:

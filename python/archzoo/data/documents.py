@@ -133,9 +133,8 @@ def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return io.BufferedReader(igzip.IGzipFile(fileobj=raw), 1 << 20)
     if path.suffix == ".zst":
-        zstandard = _optional("zstandard", path)
-        reader: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)
+        # zstandard's own reader takes a file that was cut for a whole one.
+        return io.BufferedReader(_optional("pyarrow", path).input_stream(raw, compression="zstd"), 1 << 20)
     return raw
 
 
