@@ -1,9 +1,11 @@
 use std::iter::{Enumerate, Fuse};
 
+use crate::borders::Borders;
+use crate::cache::LONGEST;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::chars::Chars;
 use crate::error::Result;
-use crate::merges::{Lists, LongList, Merge, Merges, Pieces, SHORT};
+use crate::merges::{Lists, Long, Merge, Merges, Pieces, SHORT};
 use crate::reached::Reached;
 use crate::vocab::Vocab;
 
@@ -26,7 +28,8 @@ pub enum Symbols {
 #[derive(Default)]
 pub struct Work {
     lists: Lists,
-    long: LongList,
+    long: Long,
+    tokens: Vec<Option<u32>>,
     /// Those of a piece.
     pub ids: Vec<u32>,
 }
@@ -41,6 +44,8 @@ pub struct Bpe {
     reached: Option<Reached>,
     /// What characters start as, if bytes are merged.
     chars: Option<Chars>,
+    /// Where pieces can be cut, if it is known which tokens merging gives.
+    borders: Option<Borders>,
     /// What is merged.
     symbols: Symbols,
     /// A piece that is a token is that token, whatever its merges give.
@@ -67,6 +72,7 @@ impl Bpe {
         }
         Ok(Self {
             chars: chars(&symbols, &table, &vocab),
+            borders: reached.is_some().then(|| Borders::new(&vocab)),
             vocab,
             merges: table,
             reached,
@@ -98,20 +104,48 @@ impl Bpe {
     /// Hands the number of each piece and its ids to `take`, in some order.
     pub fn encode_each<'t>(
         &self,
-        pieces: impl Iterator<Item = &'t [u8]>,
+        pieces: impl Iterator<Item = &'t [u8]> + Clone,
         work: &mut Work,
         take: impl FnMut(usize, &[u32]),
     ) {
-        let Work { lists, long, ids } = work;
-        self.merges
-            .merge_each(lists, &mut Each { bpe: self, pieces: pieces.fuse().enumerate(), long, ids, take });
+        let Work { lists, long, tokens, ids } = work;
+        tokens.clear();
+        if self.ignore_merges || self.reached.is_some() {
+            // Of long pieces, those that are worth a look.
+            let likely = |piece: &'t [u8]| match piece.len() <= LONGEST || self.may_be_other(piece) {
+                true => piece,
+                false => &[],
+            };
+            self.vocab.get_each(pieces.clone().map(likely), |id| tokens.push(id));
+        }
+        let pieces = pieces.fuse().enumerate();
+        self.merges.merge_each(lists, &mut Each { bpe: self, pieces, tokens, long, ids, take });
     }
 
-    /// Appends the ids of a piece that needs no merging to `out`, or returns false.
-    fn known(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
-        if self.ignore_merges
-            && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
-            && let Some(id) = self.vocab.get(piece)
+    /// Whether a piece may be a token that is not what its merges give.
+    fn may_be_other(&self, piece: &[u8]) -> bool {
+        self.ignore_merges && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
+    }
+
+    /// Puts the places where a piece can be cut into parts that are encoded one by one in place of others. Whether there
+    /// are any.
+    pub fn cut(&self, piece: &[u8], places: &mut Vec<usize>) -> bool {
+        let (Some(borders), false) = (&self.borders, self.fuse_unknown) else { return false };
+        borders.find(piece, places);
+        let mut start = 0;
+        let ends = places.iter().copied().chain([piece.len()]);
+        !places.is_empty()
+            && ends.map(|end| &piece[std::mem::replace(&mut start, end)..end]).all(|part| {
+                // A token that its merges do not give stands for a whole piece only.
+                part.len() <= LONGEST && !self.may_be_other(part)
+            })
+    }
+
+    /// Appends the ids of a piece, and of the token that it is, that needs no merging to `out`, or returns false.
+    fn known(&self, piece: &[u8], token: Option<u32>, out: &mut Vec<u32>) -> bool {
+        let is_reached = || self.reached.as_ref().is_some_and(|reached| !reached.may_be_unreached(piece));
+        if let Some(id) = token
+            && (self.ignore_merges || is_reached())
         {
             out.push(id);
             return true;
@@ -173,7 +207,8 @@ impl Bpe {
 struct Each<'a, I, F> {
     bpe: &'a Bpe,
     pieces: Enumerate<Fuse<I>>,
-    long: &'a mut LongList,
+    tokens: &'a [Option<u32>],
+    long: &'a mut Long,
     ids: &'a mut Vec<u32>,
     take: F,
 }
@@ -184,7 +219,8 @@ impl<'t, I: Iterator<Item = &'t [u8]>, F: FnMut(usize, &[u32])> Pieces for Each<
         loop {
             let (i, piece) = self.pieces.next()?;
             self.ids.clear();
-            if !self.bpe.known(piece, self.ids) {
+            let token = self.tokens.get(i).copied().flatten();
+            if !self.bpe.known(piece, token, self.ids) {
                 self.bpe.symbols(piece, symbols);
                 if symbols.len() <= SHORT {
                     return Some(i);
@@ -195,9 +231,11 @@ impl<'t, I: Iterator<Item = &'t [u8]>, F: FnMut(usize, &[u32])> Pieces for Each<
         }
     }
 
-    #[inline]
-    fn take(&mut self, piece: usize, ids: &[u32]) {
-        (self.take)(piece, ids);
+    #[inline(never)]
+    fn take(&mut self, piece: usize, tokens: impl Iterator<Item = (u32, usize)>) {
+        self.ids.clear();
+        self.ids.extend(tokens.map(|(id, _)| id));
+        (self.take)(piece, self.ids);
     }
 }
 
@@ -256,7 +294,8 @@ impl Table for Bpe {
         };
         let unknown = (unknown != MISSING).then_some(unknown);
         let chars = chars(&symbols, &merges, &vocab);
-        Some(Self { vocab, merges, reached, chars, symbols, ignore_merges, unknown, fuse_unknown })
+        let borders = reached.is_some().then(|| Borders::new(&vocab));
+        Some(Self { vocab, merges, reached, chars, borders, symbols, ignore_merges, unknown, fuse_unknown })
     }
 }
 

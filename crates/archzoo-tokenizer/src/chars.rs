@@ -146,7 +146,7 @@ fn is_tail(byte: u8) -> bool {
 #[expect(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::merges::LongList;
+    use crate::merges::Long;
     use crate::vocab::fold;
     use proptest::prelude::*;
     use std::collections::HashMap;
@@ -214,7 +214,7 @@ mod tests {
             let chars = Chars::new(&merges, &vocab, &of_byte).unwrap();
             let text = bytes(&text);
             let single: Vec<u32> = text.iter().map(|&byte| byte.into()).collect();
-            let (mut symbols, mut list, mut out, mut expected) = (vec![], LongList::default(), vec![], vec![]);
+            let (mut symbols, mut list, mut out, mut expected) = (vec![], Long::default(), vec![], vec![]);
             merges.merge(&single, &mut list, &mut expected);
             chars.symbols(&text, &of_byte, &mut symbols);
             prop_assert!(symbols.len() <= single.len());

@@ -618,10 +618,11 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
         }
         let mut start = 0;
         let starts = ends.iter().map(|&end| std::mem::replace(&mut start, end));
-        let tokens: Vec<&[u8]> = starts.zip(&ends).map(|(start, &end)| &text[start..end]).collect();
+        let mut ids = Vec::with_capacity(ends.len());
+        vocab.get_each(starts.zip(&ends).map(|(start, &end)| &text[start..end]), |id| ids.push(id));
         let mut merged = Vec::with_capacity(merges.len());
         let (mut start, mut last) = (0, 0);
-        for (i, (ids, ends)) in vocab.get_all(&tokens).chunks(2).zip(ends.chunks(2)).enumerate() {
+        for (i, (ids, ends)) in ids.chunks(2).zip(ends.chunks(2)).enumerate() {
             let token = &text[start..ends[1]];
             start = ends[1];
             // Merges are mostly in the order of what they give: no search for that.

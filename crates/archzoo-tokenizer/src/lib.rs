@@ -1,7 +1,7 @@
 //! Text to token ids and back: exact, linear on any input, without a regex on the hot path.
 
 mod added;
-
+mod borders;
 mod bpe;
 mod byte_level;
 mod cache;

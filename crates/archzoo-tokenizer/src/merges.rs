@@ -20,6 +20,10 @@ const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
 /// Symbols of a long piece's first window.
 const WINDOW: usize = SHORT;
+/// Symbols from the start of one window to that of the next.
+const STRIDE: usize = WINDOW - 12;
+/// Windows that are merged before they are joined.
+const WINDOWS: usize = 64;
 const POSITION_BITS: u32 = 11;
 
 /// Two tokens that merge to a third.
@@ -205,27 +209,60 @@ impl Merges {
     }
 
     /// Appends to `out` what `symbols` merge to: windows of a long piece, joined where they agree.
-    pub fn merge(&self, symbols: &[u32], list: &mut LongList, out: &mut Vec<u32>) {
-        let (mut joined, mut next) = (Tokens::default(), Tokens::default());
-        let mut size = WINDOW;
-        self.merge_from(symbols, 0, size, list, &mut joined);
-        while joined.end < symbols.len() {
-            // The next window starts on a border of the last one, some symbols and some tokens before its end.
-            let reach = joined.end.saturating_sub(size / 8);
-            let first = joined.starts.partition_point(|&start| start as usize <= reach) - 1;
-            let first = first.min(joined.starts.len().saturating_sub(3));
-            let start = joined.starts[first] as usize;
-            self.merge_from(symbols, start, size, list, &mut next);
-            if next.end > joined.end && (start == 0 || joined.join(first, &next)) {
+    pub fn merge(&self, symbols: &[u32], long: &mut Long, out: &mut Vec<u32>) {
+        let Long { list, lists, windows, joined, next } = long;
+        *joined = Tokens::default();
+        let count = 1 + symbols.len().saturating_sub(WINDOW).div_ceil(STRIDE);
+        let (mut size, mut failed) = (WINDOW, 0);
+        for first in (0..count).step_by(WINDOWS) {
+            // Where tokens are long, windows that start anywhere have too few in common.
+            if failed > WINDOWS / 4 {
+                break;
+            }
+            let last = count.min(first + WINDOWS);
+            self.merge_each(lists, &mut Windows { symbols, first, next: first, last, windows });
+            failed = 0;
+            for window in &mut windows[..last - first] {
+                let Some(&start) = window.starts.first() else { continue };
+                let first = joined.starts.partition_point(|&at| at < start);
                 if start == 0 {
-                    std::mem::swap(&mut joined, &mut next);
+                    std::mem::swap(joined, window);
+                } else if window.end > joined.end && !joined.join(first, window) {
+                    failed += 1;
+                    while joined.end < window.end {
+                        self.merge_on(symbols, &mut size, list, joined, next);
+                    }
                 }
-                size = size.min(MOST_LINEAR);
-            } else {
-                size *= 2;
             }
         }
+        while joined.end < symbols.len() {
+            self.merge_on(symbols, &mut size, list, joined, next);
+        }
         out.extend_from_slice(&joined.ids);
+    }
+
+    /// Joins one more window, which starts on a border of the last one, some symbols and some tokens before its end.
+    fn merge_on(
+        &self,
+        symbols: &[u32],
+        size: &mut usize,
+        list: &mut LongList,
+        joined: &mut Tokens,
+        next: &mut Tokens,
+    ) {
+        let reach = joined.end.saturating_sub(*size / 8);
+        let first = joined.starts.partition_point(|&start| start as usize <= reach) - 1;
+        let first = first.min(joined.starts.len().saturating_sub(3));
+        let start = joined.starts[first] as usize;
+        self.merge_from(symbols, start, *size, list, next);
+        if next.end > joined.end && (start == 0 || joined.join(first, next)) {
+            if start == 0 {
+                std::mem::swap(joined, next);
+            }
+            *size = (*size).min(MOST_LINEAR);
+        } else {
+            *size *= 2;
+        }
     }
 
     /// Merges the window of `size` symbols from `start`.
@@ -244,10 +281,7 @@ impl Merges {
         let symbols = &symbols[start..end];
         if symbols.len() <= MOST_LINEAR {
             merge_linear(InstructionSet::current(), self, symbols, list);
-            list.each(|id, at| {
-                tokens.ids.push(id);
-                tokens.starts.push((start + at) as u32);
-            });
+            tokens.extend(list.tokens(), start);
         } else {
             self.merge_heap(symbols, start as u32, tokens);
         }
@@ -344,6 +378,15 @@ struct Tokens {
 }
 
 impl Tokens {
+    /// Appends tokens and where they start, counted from `offset`.
+    #[inline(always)]
+    fn extend(&mut self, tokens: impl Iterator<Item = (u32, usize)>, offset: usize) {
+        for (id, at) in tokens {
+            self.ids.push(id);
+            self.starts.push((offset + at) as u32);
+        }
+    }
+
     /// Replaces what follows two tokens that both have side by side, from `first` on. False if there are none.
     fn join(&mut self, first: usize, next: &Tokens) -> bool {
         let (mut i, mut j) = (first, 0);
@@ -388,7 +431,7 @@ pub struct List<const N: usize> {
 }
 
 /// A list for a window of a long piece.
-pub type LongList = List<{ 1 << POSITION_BITS }>;
+type LongList = List<{ 1 << POSITION_BITS }>;
 /// Symbols that are merged without a heap, at most.
 const MOST_LINEAR: usize = LongList::MOST;
 /// A list for a piece that is merged beside others.
@@ -510,14 +553,62 @@ impl<const N: usize> List<N> {
         (is_same && next < right.min(left)).then_some(next)
     }
 
-    /// Hands each symbol that is left, and where it starts, to `take`.
+    /// Each symbol that is left, and where it starts.
     #[inline(always)]
-    fn each(&self, mut take: impl FnMut(u32, usize)) {
+    fn tokens(&self) -> impl Iterator<Item = (u32, usize)> {
         let mut at = 1;
-        while at <= self.len {
-            take(self.ids[at], at - 1);
-            at = usize::from(self.after[at & Self::MASK]);
+        std::iter::from_fn(move || {
+            let start = at - 1;
+            (at <= self.len).then(|| {
+                at = usize::from(self.after[at & Self::MASK]);
+                (self.ids[start + 1], start)
+            })
+        })
+    }
+}
+
+/// What merging a long piece needs.
+#[derive(Default)]
+pub struct Long {
+    list: LongList,
+    lists: Lists,
+    windows: Vec<Tokens>,
+    joined: Tokens,
+    next: Tokens,
+}
+
+/// Windows of a long piece on their way through [`Merges::merge_each`].
+struct Windows<'a> {
+    symbols: &'a [u32],
+    /// Number of the first that is kept, of the next, and behind the last.
+    first: usize,
+    next: usize,
+    last: usize,
+    windows: &'a mut Vec<Tokens>,
+}
+
+impl Pieces for Windows<'_> {
+    fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize> {
+        if self.next == self.last {
+            return None;
         }
+        let start = self.next * STRIDE;
+        symbols.clear();
+        symbols.extend_from_slice(&self.symbols[start..self.symbols.len().min(start + WINDOW)]);
+        self.next += 1;
+        Some(self.next - 1)
+    }
+
+    fn take(&mut self, piece: usize, tokens: impl Iterator<Item = (u32, usize)>) {
+        let (start, i) = (piece * STRIDE, piece - self.first);
+        if self.windows.len() <= i {
+            self.windows.resize_with(i + 1, Tokens::default);
+        }
+        let window = &mut self.windows[i];
+        window.ids.clear();
+        window.starts.clear();
+        window.extend(tokens, start);
+        window.end = self.symbols.len().min(start + WINDOW);
     }
 }
 
@@ -544,8 +635,8 @@ pub trait Pieces {
     /// always.
     fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize>;
 
-    /// Takes what the symbols of a piece merge to.
-    fn take(&mut self, piece: usize, ids: &[u32]);
+    /// Takes what the symbols of a piece merge to, and the symbols that each starts on.
+    fn take(&mut self, piece: usize, tokens: impl Iterator<Item = (u32, usize)>);
 }
 
 /// Pieces that are merged side by side.
@@ -556,13 +647,12 @@ const BESIDE: usize = 8;
 pub struct Lists {
     lists: [ShortList; BESIDE],
     symbols: Vec<u32>,
-    ids: Vec<u32>,
 }
 
 multiversion! {
     /// While a bucket is loaded that one piece's merge needs, the others are merged.
     fn merge_side_by_side<P: Pieces>(merges: &Merges, lists: &mut Lists, pieces: &mut P) {
-        let Lists { lists, symbols, ids } = lists;
+        let Lists { lists, symbols } = lists;
         let mut busy = 0;
         let mut order: [usize; BESIDE] = std::array::from_fn(|i| i);
         let mut of = [0; BESIDE];
@@ -590,9 +680,7 @@ multiversion! {
                     nth += 1;
                     continue;
                 }
-                ids.clear();
-                list.each(|id, _| ids.push(id));
-                pieces.take(of[i], ids);
+                pieces.take(of[i], list.tokens());
                 begun[i] = None;
                 if let Some(piece) = pieces.next(symbols) {
                     list.start(merges, symbols);
@@ -685,8 +773,8 @@ mod tests {
             Some(self.next - 1)
         }
 
-        fn take(&mut self, piece: usize, ids: &[u32]) {
-            assert_eq!(self.merged[piece].replace(ids.to_vec()), None);
+        fn take(&mut self, piece: usize, tokens: impl Iterator<Item = (u32, usize)>) {
+            assert_eq!(self.merged[piece].replace(tokens.map(|(id, _)| id).collect()), None);
         }
     }
 
@@ -778,7 +866,7 @@ mod tests {
                 .collect();
             let expected = naive(&merges, &symbols);
             let mut out = Vec::new();
-            merges.merge(&symbols, &mut LongList::default(), &mut out);
+            merges.merge(&symbols, &mut Long::default(), &mut out);
             prop_assert_eq!(&out, &expected);
             let mut tokens = Tokens::default();
             merges.merge_heap(&symbols, 0, &mut tokens);

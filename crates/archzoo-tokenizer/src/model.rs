@@ -37,10 +37,16 @@ impl Model {
         matches!(self, Self::Bpe(bpe) if bpe.is_byte_level())
     }
 
+    /// Puts the places where a piece can be cut into parts that are encoded one by one in place of others. Whether there
+    /// are any.
+    fn cut(&self, piece: &[u8], places: &mut Vec<usize>) -> bool {
+        matches!(self, Self::Bpe(bpe) if bpe.cut(piece, places))
+    }
+
     /// Hands the number of each piece and its ids to `take`, in some order.
     fn encode_each<'t>(
         &self,
-        pieces: impl Iterator<Item = &'t [u8]>,
+        pieces: impl Iterator<Item = &'t [u8]> + Clone,
         work: &mut Work,
         mut take: impl FnMut(usize, &[u32]),
     ) {
@@ -69,8 +75,64 @@ pub struct Scratch {
     long: LongCache,
     work: Box<Work>,
     sought: Box<[Sought; BATCH]>,
-    /// Pieces that no cache has, and their hashes.
-    missing: Vec<(usize, u64)>,
+    new: New,
+}
+
+/// Pieces of a batch that no cache has.
+#[derive(Default)]
+struct New {
+    pieces: Vec<usize>,
+    /// Those of them that are encoded part by part, and where the parts of each end among all.
+    cut: Vec<(usize, usize)>,
+    parts: Vec<Sought>,
+    places: Vec<Piece>,
+    /// What is encoded: pieces that are not cut, and parts that no cache has.
+    wanted: Vec<(Piece, Sought)>,
+    /// Hashes of the pieces, then those of the wanted parts.
+    hashes: Vec<u64>,
+    /// Where one piece is cut.
+    cuts: Vec<usize>,
+    ids: Vec<u32>,
+}
+
+impl New {
+    fn clear(&mut self) {
+        let Self { pieces, cut, parts, places, wanted, hashes, .. } = self;
+        pieces.clear();
+        cut.clear();
+        parts.clear();
+        places.clear();
+        wanted.clear();
+        hashes.clear();
+    }
+
+    /// Cuts the pieces that can be, and finds what is to be encoded.
+    fn cut(&mut self, model: &Model, text: &[u8], pieces: &[Piece], sought: &[Sought], cache: &Cache) {
+        for &i in &self.pieces {
+            let (first, last) = pieces[i];
+            if last - first > LONGEST_BESIDE || !model.cut(&text[first..last], &mut self.cuts) {
+                self.wanted.push((pieces[i], sought[i]));
+                continue;
+            }
+            let mut start = first;
+            for end in self.cuts.iter().map(|cut| first + cut).chain([last]) {
+                let part = Sought::new(text, start, end - start);
+                cache.prefetch(&part);
+                self.parts.push(part);
+                self.places.push((start, end));
+                start = end;
+            }
+            self.cut.push((i, self.parts.len()));
+        }
+        for (part, place) in self.parts.iter().zip(&self.places) {
+            // A search through all of them would take too long where there are many.
+            let recent = self.hashes.len().saturating_sub(BATCH);
+            if !cache.has(part) && !self.hashes[recent..].contains(&part.hash()) {
+                self.wanted.push((*place, *part));
+                self.hashes.push(part.hash());
+            }
+        }
+    }
 }
 
 impl Scratch {
@@ -82,7 +144,7 @@ impl Scratch {
             long: LongCache::new(1),
             work: Box::default(),
             sought: Box::new([Sought::default(); BATCH]),
-            missing: Vec::new(),
+            new: New::default(),
         }
     }
 
@@ -156,7 +218,7 @@ impl Encoder<'_> {
     /// Appends the ids of a piece that this thread has not seen, the `i`-th of some whose `sought` are there.
     #[inline(never)]
     fn take_new(&mut self, text: &[u8], pieces: &[Piece], i: usize) {
-        let Scratch { shared, short, long, work, sought, missing } = &mut *self.scratch;
+        let Scratch { shared, short, long, work, sought, new } = &mut *self.scratch;
         // The tokenizer has one, each thread another.
         let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
         let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
@@ -170,8 +232,9 @@ impl Encoder<'_> {
             return;
         }
         // Those of the rest that are not there either are encoded beside it.
-        missing.clear();
-        missing.push((i, sought[i].hash()));
+        new.clear();
+        new.pieces.push(i);
+        new.hashes.push(sought[i].hash());
         for j in (i + 1..pieces.len()).filter(|&j| piece(j).len() <= LONGEST_BESIDE) {
             let is_there = match sought[j].long_hash() {
                 None => short.has(&sought[j]),
@@ -183,25 +246,45 @@ impl Encoder<'_> {
                 }
             };
             let hash = sought[j].hash();
-            if !is_there && !missing.iter().any(|&(_, other)| other == hash) {
-                missing.push((j, hash));
+            if !is_there && !new.hashes.contains(&hash) {
+                new.pieces.push(j);
+                new.hashes.push(hash);
             }
         }
-        self.model.encode_each(missing.iter().map(|&(j, _)| piece(j)), work, |nth, ids| {
-            let (j, _) = missing[nth];
-            if i == j {
+        new.cut(self.model, text, pieces, &sought[..], short);
+        let mut keep = |short: &mut Cache, (start, end): Piece, sought: &Sought, ids: &[u32]| {
+            let Some(hash) = sought.long_hash() else { return short.insert(sought, ids) };
+            if let Some(others) = others {
+                others.insert(&text[start..end], hash, ids);
+            }
+            long.insert(&text[start..end], hash, ids);
+        };
+        let mut is_taken = false;
+        let wanted = new.wanted.iter().map(|&((start, end), _)| &text[start..end]);
+        self.model.encode_each(wanted, work, |nth, ids| {
+            let (place, sought) = &new.wanted[nth];
+            if *place == pieces[i] {
                 self.out.extend_from_slice(ids);
+                is_taken = true;
             }
-            match sought[j].long_hash() {
-                None => short.insert(&sought[j], ids),
-                Some(hash) => {
-                    if let Some(others) = others {
-                        others.insert(piece(j), hash, ids);
-                    }
-                    long.insert(piece(j), hash, ids);
-                }
-            }
+            keep(short, *place, sought, ids);
         });
+        let mut first = 0;
+        for &(j, end) in &new.cut {
+            let parts = &new.parts[std::mem::replace(&mut first, end)..end];
+            new.ids.clear();
+            // Parts are gone if the cache was emptied.
+            if short.append(parts, &mut new.ids) == parts.len() {
+                if i == j {
+                    self.out.extend_from_slice(&new.ids);
+                    is_taken = true;
+                }
+                keep(short, pieces[j], &sought[j], &new.ids);
+            }
+        }
+        if !is_taken {
+            self.model.encode_each(std::iter::once(piece(i)), work, |_, ids| self.out.extend_from_slice(ids));
+        }
     }
 }
 
@@ -236,29 +319,55 @@ mod tests {
     use super::*;
     use crate::bpe::Symbols;
 
-    /// So many different pieces that both caches are emptied on the way.
+    fn bytes_and(more: &[&str], ignore_merges: bool) -> Model {
+        let bytes = (0..=255).map(|byte: u8| vec![byte]);
+        let tokens: Vec<_> =
+            bytes.chain(more.iter().map(|token| token.as_bytes().to_vec())).zip(0..).collect();
+        let symbols = Symbols::Bytes(Box::new(std::array::from_fn(|byte| byte as u32)));
+        let mut bpe = Bpe::new(Vocab::new(&tokens, |_| true).unwrap(), symbols, &[]).unwrap();
+        bpe.ignore_merges = ignore_merges;
+        Model::Bpe(bpe)
+    }
+
+    fn encode(model: &Model, scratch: &mut Scratch, text: &[u8], pieces: &[Piece]) -> Vec<u32> {
+        let mut out = Vec::new();
+        let mut encoder = Encoder { model, scratch, out: &mut out, counted: None, spans: None };
+        encoder.take(text, pieces).unwrap();
+        out
+    }
+
+    /// So many different pieces that both caches are emptied on the way, those with parts of others among them.
     #[test]
     fn caches_are_emptied_within_a_batch() {
-        let tokens: Vec<_> = (0..=255).map(|byte: u8| ([byte], u32::from(byte))).collect();
-        let vocab = Vocab::new(&tokens, |_| true).unwrap();
-        let symbols = Symbols::Bytes(Box::new(std::array::from_fn(|byte| byte as u32)));
-        let model = Model::Bpe(Bpe::new(vocab, symbols, &[]).unwrap());
+        let model = bytes_and(&[], false);
         let mut scratch = Scratch::new(Arc::default());
-        let mut out = Vec::new();
+        let char = |i: u32| char::from_u32(0x4e00 + i % 0x5000).unwrap();
         for i in (0..150_000).step_by(25) {
             let (mut text, mut pieces) = (Vec::new(), Vec::new());
             for i in i..i + 25 {
-                for piece in [format!("{i:09}"), format!("{i:020}"), "a".into(), format!("{:09}", i - i % 25)]
-                {
+                let chinese = [char(i), char(i / 7), char(i / 11)].iter().collect();
+                for piece in [format!("{i:09}"), format!("{i:020}"), chinese, format!("{:09}", i - i % 25)] {
                     pieces.push((text.len(), text.len() + piece.len()));
                     text.extend_from_slice(piece.as_bytes());
                 }
             }
-            out.clear();
-            let scratch = &mut scratch;
-            let mut encoder = Encoder { model: &model, scratch, out: &mut out, counted: None, spans: None };
-            encoder.take(&text, &pieces).unwrap();
+            let out = encode(&model, &mut scratch, &text, &pieces);
             assert!(out.iter().copied().eq(text.iter().map(|&byte| u32::from(byte))));
+        }
+    }
+
+    #[test]
+    fn a_token_that_is_never_merged_stands_for_a_whole_piece() {
+        let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+        for ignore_merges in [false, true] {
+            let model = bytes_and(&["一"], ignore_merges);
+            let alone = if ignore_merges { vec![256] } else { bytes("一") };
+            for pieces in [[(0, 3), (0, 6)], [(0, 6), (0, 3)]] {
+                let mut scratch = Scratch::new(Arc::default());
+                let found = encode(&model, &mut scratch, "一丁".as_bytes(), &pieces);
+                let ids = |(_, end)| if end == 3 { alone.clone() } else { bytes("一丁") };
+                assert_eq!(found, pieces.map(ids).concat());
+            }
         }
     }
 }

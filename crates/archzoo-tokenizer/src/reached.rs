@@ -19,7 +19,7 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use crate::bpe::MISSING;
 use crate::cache::prefetch;
 use crate::cache_file::{Reader, Writer};
-use crate::merges::{LongList, Merge, Merges, NONE};
+use crate::merges::{Long, Merge, Merges, NONE};
 use crate::vocab::{Vocab, hash};
 
 /// How a token is made from its bytes.
@@ -45,7 +45,7 @@ pub struct Reached {
     unreached: Vec<u64>,
 }
 
-const FILTER: u64 = 1 << 13;
+const FILTER: u64 = 1 << 16;
 
 /// More odd tokens than a vocabulary is searched for.
 const MOST_ODD: usize = 256;
@@ -88,7 +88,7 @@ impl Reached {
         }
         let is_made = |id: u32| made.tokens[id as usize].rank != NONE;
         // A merge whose parts are made only later may still be one that is made.
-        let (mut buffers, mut merged) = (LongList::default(), Vec::new());
+        let (mut buffers, mut merged) = (Long::default(), Vec::new());
         let mut odd = BTreeSet::new();
         for (left, right, product) in late {
             if is_made(left) && is_made(right) && !is_made(product) {
@@ -323,7 +323,7 @@ mod tests {
                 })
                 .collect();
             let symbols: Vec<u32> = text.iter().map(|&b| bytes[usize::from(b)]).collect();
-            let (mut list, mut expected, mut merged) = (LongList::default(), Vec::new(), Vec::new());
+            let (mut list, mut expected, mut merged) = (Long::default(), Vec::new(), Vec::new());
             full.merge(&symbols, &mut list, &mut expected);
             pruned.merge(&symbols, &mut list, &mut merged);
             prop_assert_eq!(&merged, &expected);

@@ -15,14 +15,20 @@ pub struct Vocab {
     bytes: Vec<u8>,
     /// Where each id's bytes end; they start where those of the id before end.
     ends: Vec<u32>,
-    /// Ids by the hash of their bytes: a power of two of slots, at most half full.
+    /// Ids by the hash of their bytes, and above each its [`tag`]: a power of two of slots, at most half full.
     slots: Vec<u32>,
     found: usize,
     longest: usize,
 }
 
-/// A free slot.
+/// A free slot: no token has such an id.
 const FREE: u32 = u32::MAX;
+
+/// What a slot has of a hash that its place does not say: most tokens that are not there need no comparing of bytes.
+#[inline(always)]
+fn tag(hash: u64) -> u32 {
+    (hash >> (32 + ID_BITS)) as u32
+}
 
 impl Vocab {
     /// A vocabulary of `tokens`, each with its id. An id without a token stands for no bytes.
@@ -65,17 +71,18 @@ impl Vocab {
     }
 
     fn insert(&mut self, id: u32) -> Result<()> {
-        let token = bytes_of(&self.bytes, &self.ends, id);
+        let token = self.bytes_of(id);
         if token.is_empty() {
             return Ok(());
         }
-        match self.find(token) {
+        let hash = hash(token);
+        match self.find(token, hash) {
             Ok(_) => {
                 Err(Error::new(format!("the token {:?} is there twice", String::from_utf8_lossy(token))))
             }
             Err(slot) => {
                 self.longest = self.longest.max(token.len());
-                self.slots[slot] = id;
+                self.slots[slot] = id | tag(hash) << ID_BITS;
                 self.found += 1;
                 Ok(())
             }
@@ -89,15 +96,24 @@ impl Vocab {
 
     /// The id of a token, or the free slot for it.
     #[inline]
-    fn find(&self, token: &[u8]) -> std::result::Result<u32, usize> {
-        let mut at = self.home(hash(token));
+    fn find(&self, token: &[u8], hash: u64) -> std::result::Result<u32, usize> {
+        let mut at = self.home(hash);
         loop {
             match self.slots[at] {
                 FREE => return Err(at),
-                id if bytes_of(&self.bytes, &self.ends, id) == token => return Ok(id),
+                slot if slot >> ID_BITS == tag(hash) && self.bytes_of(slot & NO_ID) == token => {
+                    return Ok(slot & NO_ID);
+                }
                 _ => at = (at + 1) & (self.slots.len() - 1),
             }
         }
+    }
+
+    #[inline(always)]
+    fn bytes_of(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        let start = if id == 0 { 0 } else { self.ends[id - 1] as usize };
+        &self.bytes[start..self.ends[id] as usize]
     }
 
     /// Number of ids: one more than the largest.
@@ -113,12 +129,33 @@ impl Vocab {
     /// Number of bytes of a token that is there.
     #[inline(always)]
     pub fn length(&self, id: u32) -> usize {
-        bytes_of(&self.bytes, &self.ends, id).len()
+        self.bytes_of(id).len()
     }
 
     /// Bytes of a token; none for an id that is not there.
     pub fn bytes(&self, id: u32) -> Option<&[u8]> {
-        ((id as usize) < self.ends.len()).then(|| bytes_of(&self.bytes, &self.ends, id))
+        ((id as usize) < self.ends.len()).then(|| self.bytes_of(id))
+    }
+
+    /// Hands the tokens that have such a byte to `take`.
+    pub fn each_with(&self, is_it: impl Fn(u8) -> bool, mut take: impl FnMut(&[u8])) {
+        const BLOCK: usize = 64;
+        let mut id = 0;
+        let mut at = 0;
+        while at < self.bytes.len() {
+            let block = &self.bytes[at..self.bytes.len().min(at + BLOCK)];
+            // Most blocks have none, which takes a few instructions to tell.
+            if !block.iter().fold(false, |any, &byte| any | is_it(byte)) {
+                at += BLOCK;
+                continue;
+            }
+            let Some(first) = block.iter().position(|&byte| is_it(byte)) else { break };
+            while self.ends[id] as usize <= at + first {
+                id += 1;
+            }
+            take(self.bytes_of(id as u32));
+            at = self.ends[id] as usize;
+        }
     }
 
     /// Id of a token.
@@ -127,23 +164,47 @@ impl Vocab {
         if token.len() > self.longest || token.is_empty() {
             return None;
         }
-        self.find(token).ok()
+        self.find(token, hash(token)).ok()
     }
 
-    /// Ids of many tokens. What each needs is loaded side by side, one step after the other.
-    pub fn get_all(&self, tokens: &[&[u8]]) -> Vec<Option<u32>> {
-        let mut ids = Vec::with_capacity(tokens.len());
-        for tokens in tokens.chunks(32) {
-            let first = |token: &&[u8]| &self.slots[self.home(hash(token))];
-            let likely = || tokens.iter().map(first).filter(|id| **id != FREE);
-            tokens.iter().for_each(|token| prefetch(first(token)));
-            likely().for_each(|&id| prefetch(&self.ends[id as usize]));
-            likely().for_each(|&id| {
-                bytes_of(&self.bytes, &self.ends, id).first().into_iter().for_each(|first| prefetch(first));
-            });
-            ids.extend(tokens.iter().map(|token| self.get(token)));
+    /// Hands the id of each of many tokens to `take`. What they need is loaded side by side, one step after the other.
+    pub fn get_each<'t>(&self, tokens: impl Iterator<Item = &'t [u8]>, mut take: impl FnMut(Option<u32>)) {
+        const BESIDE: usize = 32;
+        let mut tokens = tokens.fuse();
+        let mut some = [(&[][..], 0, 0); BESIDE];
+        loop {
+            let mut count = 0;
+            for (place, token) in some.iter_mut().zip(&mut tokens) {
+                let hash = if token.len() <= self.longest { hash(token) } else { 0 };
+                prefetch(&self.slots[self.home(hash)]);
+                *place = (token, hash, NO_ID);
+                count += 1;
+            }
+            let some = &mut some[..count];
+            for (token, hash, likely) in some.iter_mut().filter(|(token, ..)| token.len() <= self.longest) {
+                let mut at = self.home(*hash);
+                while self.slots[at] != FREE && self.slots[at] >> ID_BITS != tag(*hash) {
+                    at = (at + 1) & (self.slots.len() - 1);
+                }
+                if self.slots[at] != FREE && !token.is_empty() {
+                    *likely = self.slots[at] & NO_ID;
+                    prefetch(&self.ends[*likely as usize]);
+                }
+            }
+            for (.., likely) in some.iter().filter(|(.., likely)| *likely != NO_ID) {
+                self.bytes_of(*likely).first().into_iter().for_each(|first| prefetch(first));
+            }
+            for &(token, hash, likely) in some.iter() {
+                take(match likely {
+                    NO_ID => None,
+                    id if self.bytes_of(id) == token => Some(id),
+                    _ => self.find(token, hash).ok(),
+                });
+            }
+            if count < BESIDE {
+                return;
+            }
         }
-        ids
     }
 }
 
@@ -160,7 +221,7 @@ impl Table for Vocab {
         let [found, longest] = from.words()?[..] else { return None };
         let is_rising = ends.is_sorted() && ends.last().is_none_or(|&end| end as usize == bytes.len());
         let is_table = slots.len().is_power_of_two() && slots.contains(&FREE);
-        let all_there = slots.iter().all(|&id| id == FREE || (id as usize) < ends.len());
+        let all_there = slots.iter().all(|&slot| slot == FREE || ((slot & NO_ID) as usize) < ends.len());
         (is_rising && is_table && all_there && ends.len() <= MOST_IDS).then_some(Self {
             bytes,
             ends,
@@ -169,13 +230,6 @@ impl Table for Vocab {
             longest: longest as usize,
         })
     }
-}
-
-#[inline]
-fn bytes_of<'a>(bytes: &'a [u8], ends: &[u32], id: u32) -> &'a [u8] {
-    let id = id as usize;
-    let start = if id == 0 { 0 } else { ends[id - 1] as usize };
-    &bytes[start..ends[id] as usize]
 }
 
 /// Bits without a pattern, for hashes.
