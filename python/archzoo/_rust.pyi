@@ -86,7 +86,7 @@ def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
     All of it if it is `whole`. ValueError if it is not UTF-8.
     """
 
-def file_texts(paths: Sequence[str | os.PathLike[str]]) -> Texts:
+def file_texts(paths: Sequence[str | os.PathLike[str]]) -> tuple[Texts, list[str]]:
     """The texts of whole files. OSError or ValueError names the one that cannot be read or is not UTF-8."""
 
 def file_xxh3(path: str | os.PathLike[str]) -> str:

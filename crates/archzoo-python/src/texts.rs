@@ -108,11 +108,11 @@ fn line_start(text: &str) -> usize {
     starts.find(begins_word).unwrap_or(text.len())
 }
 
-/// The texts of whole files.
+/// The texts of whole files, and as of [`file_xxh3`] their hashes.
 #[pyfunction]
-pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<Texts> {
+pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<(Texts, Vec<String>)> {
     py.detach(|| {
-        let mut texts = Texts::default();
+        let (mut texts, mut hashes) = (Texts::default(), Vec::with_capacity(paths.len()));
         let mut content = Vec::new();
         for path in &paths {
             content.clear();
@@ -122,8 +122,9 @@ pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<Texts> {
             texts.content +=
                 text.map_err(|e| PyValueError::new_err(format!("{}: {}", path.display(), not_utf8(e))))?;
             texts.end();
+            hashes.push(hex(XxHash3_128::oneshot(&content)));
         }
-        Ok(texts)
+        Ok((texts, hashes))
     })
 }
 
@@ -136,13 +137,17 @@ pub fn file_xxh3(py: Python, path: PathBuf) -> PyResult<String> {
         let mut file = File::open(&path).map_err(|e| not_read(&path, &e))?;
         loop {
             match file.read(&mut block) {
-                Ok(0) => return Ok(format!("{:032x}", hash.finish_128())),
+                Ok(0) => return Ok(hex(hash.finish_128())),
                 Ok(size) => hash.write(&block[..size]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(not_read(&path, &e)),
             }
         }
     })
+}
+
+fn hex(hash: u128) -> String {
+    format!("{hash:032x}")
 }
 
 fn not_read(path: &Path, error: &io::Error) -> PyErr {

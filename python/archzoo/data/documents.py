@@ -27,24 +27,47 @@ class Block(NamedTuple):
     ends: bool = True
 
 
-def input_files(inputs: Sequence[str | Path]) -> list[Path]:
+class InputFile(NamedTuple):
+    """A file, its bytes, and the time of its last change in ns."""
+
+    path: str
+    size: int
+    changed: int
+
+
+def input_files(inputs: Sequence[str | Path]) -> list[InputFile]:
     """The files among `inputs` and, sorted by path, those of a known kind in its folders."""
-    found: list[Path] = []
+    found: list[InputFile] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            # Of Path's ways to do this, each costs as much as reading a short text.
-            names = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-            inside = [name for name in names if name.endswith(SUFFIXES) and os.path.isfile(name)]
-            if not inside:
+            before = len(found)
+            try:
+                found += _inside(str(path))
+            except OSError as error:
+                raise InputError(f"{error.filename}: {error.strerror}") from None
+            if len(found) == before:
                 raise InputError(f"{path}: no file that ends in one of {', '.join(SUFFIXES)}")
-            found += map(Path, sorted(inside, key=lambda name: name.split(os.sep)))
         elif not path.is_file():
             raise InputError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
         else:
-            found.append(path)
+            found.append(_input_file(str(path), path.stat()))
     return found
+
+
+def _inside(folder: str) -> Iterator[InputFile]:
+    # Of the ways to do this, those of Path and os.walk cost as much as reading a short text.
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _inside(entry.path)
+            elif entry.name.endswith(SUFFIXES) and entry.is_file():
+                yield _input_file(entry.path, entry.stat())
+
+
+def _input_file(path: str, stat: os.stat_result) -> InputFile:
+    return InputFile(path, stat.st_size, stat.st_mtime_ns)
 
 
 class Documents:
@@ -121,10 +144,11 @@ class Documents:
             raise InputError(f"{self.path}: {error}") from None
 
 
-def small_texts(paths: Sequence[Path]) -> Block:
-    """Text files, small and not compressed: a document each."""
+def small_texts(paths: Sequence[str]) -> tuple[Block, list[str]]:
+    """Text files, small and not compressed: a document each; and the xxh3-128 of each file."""
     try:
-        return Block(_rust.file_texts(paths))
+        texts, hashes = _rust.file_texts(paths)
+        return Block(texts), hashes
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from None
 

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from archzoo._rust import Texts, file_xxh3
-from archzoo.data.documents import BLOCK, TEXT, Block, Documents, input_files, small_texts
+from archzoo.data.documents import BLOCK, TEXT, Block, Documents, InputFile, input_files, small_texts
 from archzoo.data.files import replace_text, sync, sync_folder
 from archzoo.errors import InputError, PackError
 
@@ -246,16 +246,17 @@ class _Packer:
     """One run over one folder, which is locked."""
 
     def __init__(
-        self, files: list[Path], tokenizer: PackTokenizer, folder: Path, settings: PackSettings
+        self, files: list[InputFile], tokenizer: PackTokenizer, folder: Path, settings: PackSettings
     ) -> None:
         self.files, self.tokenizer, self.folder, self.settings = files, tokenizer, folder, settings
-        paths = [os.path.join(os.getcwd(), path) for path in files]
+        here = os.getcwd()
+        paths = [os.path.join(here, file.path) for file in files]
         whole = os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")
         self.names = [path.removeprefix(whole) for path in paths]
-        stats = [os.stat(path) for path in files]
-        self.sizes = [stat.st_size for stat in stats]
-        times = [stat.st_mtime_ns for stat in stats]
-        fresh = _Unfinished(settings=settings, inputs=tuple(zip(self.names, self.sizes, times, strict=True)))
+        self.hashes: dict[int, str] = {}
+        """Those of the files that are read with their neighbours."""
+        known = ((name, size, changed) for name, (_, size, changed) in zip(self.names, files, strict=True))
+        fresh = _Unfinished(settings=settings, inputs=tuple(known))
         self.state = self._found(fresh) or fresh
 
     def _found(self, fresh: _Unfinished) -> _Unfinished | None:
@@ -277,13 +278,15 @@ class _Packer:
             if (self.folder / MANIFEST).exists():
                 return self._same(PackManifest.read(self.folder))
             stop = threading.Event()
-            hashes = hasher.submit(lambda: [file_xxh3(path) for path in self.files if not stop.is_set()])
+            done, files = self.state.place.input, enumerate(self.files)
+            alone = [(i, file.path) for i, file in files if i < done or not self._is_small(file)]
+            hashes = hasher.submit(lambda: {i: file_xxh3(path) for i, path in alone if not stop.is_set()})
             try:
                 self._write(progress)
             except BaseException:
                 stop.set()
                 raise
-            digests = hashes.result()
+            self.hashes |= hashes.result()
         shards = self.state.shards
         manifest = PackManifest(
             dtype=self.settings.dtype,
@@ -291,8 +294,8 @@ class _Packer:
             documents=sum(shard.documents for shard in shards),
             settings=self.settings,
             inputs=tuple(
-                PackInput(name=name, bytes=size, xxh3=digest)
-                for name, size, digest in zip(self.names, self.sizes, digests, strict=True)
+                PackInput(name=name, bytes=file.size, xxh3=self.hashes[i])
+                for i, (name, file) in enumerate(zip(self.names, self.files, strict=True))
             ),
             shards=shards,
         )
@@ -302,10 +305,11 @@ class _Packer:
 
     def _same(self, manifest: PackManifest) -> PackManifest:
         """The finished pack of this very job, or an error."""
-        mine = list(zip(self.names, self.sizes, strict=True))
+        mine = [(name, file.size) for name, file in zip(self.names, self.files, strict=True)]
         theirs = [(entry.name, entry.bytes) for entry in manifest.inputs]
         same = manifest.settings == self.settings and mine == theirs
-        if not same or [file_xxh3(p) for p in self.files] != [entry.xxh3 for entry in manifest.inputs]:
+        hashes = [entry.xxh3 for entry in manifest.inputs]
+        if not same or [file_xxh3(file.path) for file in self.files] != hashes:
             raise PackError(f"{self.folder}: already holds a pack of other inputs or settings")
         return manifest
 
@@ -319,7 +323,7 @@ class _Packer:
             disable=not progress,
         )
         tokens = sum(shard.tokens for shard in self.state.shards)
-        task = bar.add_task("", total=sum(self.sizes), tokens=tokens)
+        task = bar.add_task("", total=sum(file.size for file in self.files), tokens=tokens)
         shard: _Shard | None = None
         number = len(self.state.shards)
         finishing: Future[None] | None = None
@@ -354,14 +358,18 @@ class _Packer:
 
     def _batches(self) -> Iterator[_Batch]:
         """Texts from where the last finished shard ends."""
-        (i, skip), before = self.state.place, sum(self.sizes[: self.state.place.input])
+        i, skip = self.state.place
+        before = sum(file.size for file in self.files[:i])
         while i < len(self.files):
             if not skip and (small := self._small(i)):
-                before += sum(self.sizes[i : i + small])
-                yield _Batch(small_texts(self.files[i : i + small]), _Place(i), True, before)
+                files = self.files[i : i + small]
+                before += sum(file.size for file in files)
+                block, hashes = small_texts([file.path for file in files])
+                self.hashes |= zip(range(i, i + small), hashes, strict=True)
+                yield _Batch(block, _Place(i), True, before)
                 i += small
                 continue
-            documents = Documents(self.files[i], self.settings.text_key)
+            documents = Documents(Path(self.files[i].path), self.settings.text_key)
             done = 0
             for block in documents:
                 start, batch = done, _Batch(block, _Place(i, done), False, before + documents.bytes_read)
@@ -372,20 +380,22 @@ class _Packer:
                         continue
                     batch = batch._replace(block=Block(rest, block.ends), start=_Place(i, skip))
                 yield batch
-            before += self.sizes[i]
+            before += self.files[i].size
             i, skip = i + 1, 0
 
     def _small(self, first: int) -> int:
         """How many files from `first` on are small text files that make one batch."""
         count = size = 0
-        for path, bytes in zip(
-            self.files[first : first + 4096], self.sizes[first : first + 4096], strict=True
-        ):
-            size += bytes
-            if path.suffix not in TEXT or bytes > _SMALL or size > BLOCK:
+        for file in self.files[first : first + 4096]:
+            size += file.size
+            if not self._is_small(file) or size > BLOCK:
                 break
             count += 1
         return count
+
+    @staticmethod
+    def _is_small(file: InputFile) -> bool:
+        return file.size <= _SMALL and file.path.endswith(TEXT)
 
     def _encoded(self, batches: Generator[_Batch]) -> Generator[_Encoded]:
         """The batches in their order, two at work: as one nears its end, the next keeps all threads busy."""
