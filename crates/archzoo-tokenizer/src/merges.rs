@@ -21,7 +21,7 @@ const EMPTY: u64 = u64::MAX;
 /// Symbols of a long piece's first window.
 const WINDOW: usize = SHORT;
 /// Symbols from the start of one window to that of the next.
-const STRIDE: usize = WINDOW - 12;
+const STRIDE: usize = WINDOW - 16;
 /// Windows that are merged before they are joined.
 const WINDOWS: usize = 64;
 const POSITION_BITS: u32 = 11;
