@@ -127,7 +127,9 @@ def test_documents_keep_their_order_over_shards(tmp_path: Path) -> None:
     )
 
 
-def test_the_files_of_a_folder_are_in_the_order_of_their_paths(tmp_path: Path) -> None:
+def test_the_files_of_a_folder_are_in_the_order_of_their_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out.txt"
     for name in ("b/c.txt", "b.txt", "b-c.txt", "b/a/d.txt", "b/a.txt", "B.txt", "é.txt"):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +138,15 @@ def test_the_files_of_a_folder_are_in_the_order_of_their_paths(tmp_path: Path) -
     (inside / "b/b.txt").symlink_to(outside)
     (inside / "b/folder.txt").mkdir()
     (inside / "b/gone.txt").symlink_to(tmp_path / "gone")
+    (inside / "b/itself.txt").symlink_to("itself.txt")
     (inside / "b/other.bin").write_bytes(b"")
     paths = sorted(path for path in inside.rglob("*.txt") if path.is_file())
     write_pack([inside, outside], Bytes(), tmp_path / "pack", append_eos=True)
     assert len(paths) == 8
+    monkeypatch.chdir(inside)
+    here = write_pack(["."], Bytes(), tmp_path / "here")
+    assert here == write_pack([inside], Bytes(), tmp_path / "there")
+    assert here.inputs[0].name == "B.txt"
     assert texts_of(Pack(tmp_path / "pack")) == [path.read_text("utf-8") for path in [*paths, outside]]
 
 

@@ -254,6 +254,58 @@ def test_ids_are_those_of_tokenizers(
         print(f"\n{name}: {len(texts)} texts, {size / 1e6:.1f} MB, {len(ids)} ids: all equal")
 
 
+def byte_char(byte: int) -> str:
+    """The character that stands for a byte in a byte-level vocabulary."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte if byte in shown else 256 + byte - sum(other < byte for other in shown))
+
+
+@pytest.mark.parametrize("unknown", [None, "?", "<unk>"])
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_random_merges_with_and_without_all_bytes(
+    unknown: str | None, ignore_merges: bool, tmp_path: Path
+) -> None:
+    """Where a byte has no token, its neighbours merge with each other, or with the unknown token."""
+    rng = random.Random(f"{unknown} {ignore_merges}")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content: dict[str, Any] = {"version": "1.0", "added_tokens": [], "pre_tokenizer": byte_level}
+    content |= dict.fromkeys(["truncation", "padding", "normalizer", "post_processor"])
+    assert sorted(map(byte_char, range(256))) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    compared = 0
+    for _ in range(60):
+        texts = ["".join(rng.choices("一丁七黀你é?ab", k=rng.randint(1, 30))) for _ in range(30)]
+        texts[0] += "a" * 300
+        used = sorted(set("".join(texts).encode()))
+        missing = rng.sample(used, rng.randint(0, 2))
+        tokens = [byte_char(byte) for byte in range(256) if byte not in missing or byte == ord("?")]
+        parts = [byte_char(byte) for byte in used if byte not in missing]
+        if unknown is not None:
+            tokens += [unknown] * (unknown not in tokens)
+            parts.append(unknown)
+        merges: list[list[str]] = []
+        for _ in range(60):
+            pair = rng.choices(parts, k=2)
+            if len("".join(pair)) < 12 and pair not in merges:
+                merges.append(pair)
+                parts.append("".join(pair))
+        rng.shuffle(merges)
+        tokens = list(dict.fromkeys([*tokens, *parts]))
+        content["model"] = {
+            "type": "BPE",
+            "unk_token": unknown,
+            "fuse_unk": rng.random() < 0.5,
+            "ignore_merges": ignore_merges,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+        }
+        path = write(tmp_path / "tokenizer.json", content)
+        theirs, ours = tokenizers.Tokenizer.from_file(str(path)), Tokenizer.from_file(path)
+        for text in texts:
+            assert ours.encode(text).tolist() == theirs.encode(text).ids, (text, missing)
+            compared += 1
+    assert compared == 1800
+
+
 def test_giant_pieces(files: dict[str, Path]) -> None:
     reference = tokenizers.Tokenizer.from_file(str(files["llama-3 form"]))
     ours = Tokenizer.from_file(files["llama-3 form"])

@@ -87,7 +87,10 @@ def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
     """
 
 def file_texts(paths: Sequence[str | os.PathLike[str]]) -> tuple[Texts, list[str]]:
-    """The texts of whole files. OSError or ValueError names the one that cannot be read or is not UTF-8."""
+    """The texts of whole files, and the xxh3-128 of each.
+
+    OSError or ValueError names the one that cannot be read or is not UTF-8.
+    """
 
 def file_xxh3(path: str | os.PathLike[str]) -> str:
     """xxh3-128 of a file's content, in 32 hexadecimal digits."""

@@ -50,18 +50,21 @@ pub struct Bpe {
     symbols: Symbols,
     /// A piece that is a token is that token, whatever its merges give.
     pub ignore_merges: bool,
-    /// Stands for a symbol without a token; such symbols are dropped if there is none.
-    pub unknown: Option<u32>,
+    unknown: Option<u32>,
     /// Whether neighbouring unknown symbols are one.
     pub fuse_unknown: bool,
 }
 
 impl Bpe {
     /// A model of tokens and merges, the latter in the order of their ranks.
-    pub fn new(vocab: Vocab, symbols: Symbols, merges: &[Merge]) -> Result<Self> {
+    ///
+    /// `unknown` stands for a symbol without a token; such symbols are dropped if there is none.
+    pub fn new(vocab: Vocab, symbols: Symbols, merges: &[Merge], unknown: Option<u32>) -> Result<Self> {
         let mut table = Merges::new(merges)?;
         let mut reached = None;
+        let has_unknown = |merge: &Merge| unknown.is_some_and(|id| merge.left == id || merge.right == id);
         if let Symbols::Bytes(bytes) = &symbols
+            && !(bytes.contains(&MISSING) && merges.iter().any(has_unknown))
             && let Some((made, kept)) = Reached::new(&vocab, bytes, merges, &table)
         {
             // The others are never made, and a smaller table is a faster one.
@@ -78,7 +81,7 @@ impl Bpe {
             reached,
             symbols,
             ignore_merges: false,
-            unknown: None,
+            unknown,
             fuse_unknown: false,
         })
     }
@@ -130,11 +133,13 @@ impl Bpe {
     /// Puts the places where a piece can be cut into parts that are encoded one by one in place of others. Whether there
     /// are any.
     pub fn cut(&self, piece: &[u8], places: &mut Vec<usize>) -> bool {
-        let (Some(borders), false) = (&self.borders, self.fuse_unknown) else { return false };
+        let (Some(borders), Symbols::Bytes(ids)) = (&self.borders, &self.symbols) else { return false };
         borders.find(piece, places);
         let mut start = 0;
         let ends = places.iter().copied().chain([piece.len()]);
         !places.is_empty()
+            // What is left without a byte, or stands for it, has other neighbours.
+            && piece.iter().all(|&byte| ids[usize::from(byte)] != MISSING)
             && ends.map(|end| &piece[std::mem::replace(&mut start, end)..end]).all(|part| {
                 // A token that its merges do not give stands for a whole piece only.
                 part.len() <= LONGEST && !self.may_be_other(part)
@@ -165,6 +170,9 @@ impl Bpe {
                     None => symbols.extend(piece.iter().map(|&byte| ids[usize::from(byte)])),
                 }
                 if symbols.contains(&MISSING) {
+                    // A character may merge with what comes after the missing byte.
+                    symbols.clear();
+                    symbols.extend(piece.iter().map(|&byte| ids[usize::from(byte)]));
                     self.replace_missing(symbols);
                 }
             }

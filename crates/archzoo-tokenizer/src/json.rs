@@ -656,8 +656,8 @@ fn bpe(mut f: Fields, tokens: Vec<(Cow<str>, u32)>, merges: &[Merge], byte_level
             Some(found.ok_or_else(|| Error::new(format!("the vocabulary lacks the unk_token {token:?}")))?)
         }
     };
-    let mut model = Bpe::new(vocab, symbols, &merges)?;
-    (model.ignore_merges, model.unknown, model.fuse_unknown) = (ignore_merges, unknown, fuse_unknown);
+    let mut model = Bpe::new(vocab, symbols, &merges, unknown)?;
+    (model.ignore_merges, model.fuse_unknown) = (ignore_merges, fuse_unknown);
     Ok(Model::Bpe(model))
 }
 

@@ -18,12 +18,12 @@ use crate::vocab::{ID_BITS, NO_ID};
 pub const NONE: u32 = u32::MAX;
 const RANK_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
-/// Symbols of a long piece's first window.
+/// Symbols of a window of a long piece, but for those that are wider because others do not agree.
 const WINDOW: usize = SHORT;
 /// Symbols from the start of one window to that of the next.
 const STRIDE: usize = WINDOW - 16;
 /// Windows that are merged before they are joined.
-const WINDOWS: usize = 64;
+const WINDOWS: usize = if cfg!(test) { 4 } else { 64 };
 const POSITION_BITS: u32 = 11;
 
 /// Two tokens that merge to a third.
@@ -210,8 +210,8 @@ impl Merges {
 
     /// Appends to `out` what `symbols` merge to: windows of a long piece, joined where they agree.
     pub fn merge(&self, symbols: &[u32], long: &mut Long, out: &mut Vec<u32>) {
-        let Long { list, lists, windows, joined, next } = long;
-        *joined = Tokens::default();
+        let Long { list, lists, windows } = long;
+        let (mut joined, mut next) = (Tokens::default(), Tokens::default());
         let count = 1 + symbols.len().saturating_sub(WINDOW).div_ceil(STRIDE);
         let (mut size, mut failed) = (WINDOW, 0);
         for first in (0..count).step_by(WINDOWS) {
@@ -226,22 +226,23 @@ impl Merges {
                 let Some(&start) = window.starts.first() else { continue };
                 let first = joined.starts.partition_point(|&at| at < start);
                 if start == 0 {
-                    std::mem::swap(joined, window);
+                    std::mem::swap(&mut joined, window);
                 } else if window.end > joined.end && !joined.join(first, window) {
                     failed += 1;
                     while joined.end < window.end {
-                        self.merge_on(symbols, &mut size, list, joined, next);
+                        self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
                     }
                 }
             }
         }
         while joined.end < symbols.len() {
-            self.merge_on(symbols, &mut size, list, joined, next);
+            self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
         }
         out.extend_from_slice(&joined.ids);
     }
 
-    /// Joins one more window, which starts on a border of the last one, some symbols and some tokens before its end.
+    /// Joins one more window, which starts on a border of the last one, some symbols and some tokens before its end; or
+    /// doubles the size where they do not agree.
     fn merge_on(
         &self,
         symbols: &[u32],
@@ -573,8 +574,6 @@ pub struct Long {
     list: LongList,
     lists: Lists,
     windows: Vec<Tokens>,
-    joined: Tokens,
-    next: Tokens,
 }
 
 /// Windows of a long piece on their way through [`Merges::merge_each`].

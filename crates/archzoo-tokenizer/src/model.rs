@@ -324,7 +324,7 @@ mod tests {
         let tokens: Vec<_> =
             bytes.chain(more.iter().map(|token| token.as_bytes().to_vec())).zip(0..).collect();
         let symbols = Symbols::Bytes(Box::new(std::array::from_fn(|byte| byte as u32)));
-        let mut bpe = Bpe::new(Vocab::new(&tokens, |_| true).unwrap(), symbols, &[]).unwrap();
+        let mut bpe = Bpe::new(Vocab::new(&tokens, |_| true).unwrap(), symbols, &[], None).unwrap();
         bpe.ignore_merges = ignore_merges;
         Model::Bpe(bpe)
     }
@@ -350,6 +350,10 @@ mod tests {
                     pieces.push((text.len(), text.len() + piece.len()));
                     text.extend_from_slice(piece.as_bytes());
                 }
+            }
+            if i == 120_000 {
+                // Now every few pieces empty it.
+                scratch.short = Cache::new(2);
             }
             let out = encode(&model, &mut scratch, &text, &pieces);
             assert!(out.iter().copied().eq(text.iter().map(|&byte| u32::from(byte))));

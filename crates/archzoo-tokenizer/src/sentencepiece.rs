@@ -433,8 +433,8 @@ impl File {
                 }
             }
         }
-        let mut bpe = Bpe::new(vocab, Symbols::Chars { fallback }, &merges)?;
-        (bpe.unknown, bpe.fuse_unknown) = (Some(unknown), true);
+        let mut bpe = Bpe::new(vocab, Symbols::Chars { fallback }, &merges, Some(unknown))?;
+        bpe.fuse_unknown = true;
         Ok(bpe)
     }
 

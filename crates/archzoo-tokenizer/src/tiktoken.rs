@@ -46,7 +46,7 @@ pub(crate) fn model(tokens: &[(Vec<u8>, u32)]) -> Result<Bpe> {
             .ok_or_else(|| Error::unsupported(format!("a rank file without the byte {byte:#04x}")))?;
     }
     let merges = merges(&vocab);
-    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges)?;
+    let mut model = Bpe::new(vocab, Symbols::Bytes(bytes), &merges, None)?;
     model.ignore_merges = true;
     Ok(model)
 }

@@ -219,7 +219,7 @@ impl Table for Vocab {
     fn read(from: &mut Reader) -> Option<Self> {
         let (bytes, ends, slots) = (from.bytes()?.to_vec(), from.words()?, from.words()?);
         let [found, longest] = from.words()?[..] else { return None };
-        let is_rising = ends.is_sorted() && ends.last().is_none_or(|&end| end as usize == bytes.len());
+        let is_rising = ends.is_sorted() && ends.last().map_or(0, |&end| end as usize) == bytes.len();
         let is_table = slots.len().is_power_of_two() && slots.contains(&FREE);
         let all_there = slots.iter().all(|&slot| slot == FREE || ((slot & NO_ID) as usize) < ends.len());
         (is_rising && is_table && all_there && ends.len() <= MOST_IDS).then_some(Self {
@@ -254,4 +254,40 @@ pub fn hash(bytes: &[u8]) -> u64 {
     let mut block = [0; 8];
     block[..rest.len()].copy_from_slice(rest);
     fold(state ^ u64::from_le_bytes(block), MIX[0])
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+        /// Of so many short tokens several have one tag and neighbouring slots.
+        #[test]
+        fn tokens_beside_each_other_are_those_alone(
+            known in prop::collection::vec(any::<u16>(), 0..5000),
+            sought in prop::collection::vec((any::<u16>(), 0..4usize), 0..100),
+        ) {
+            let mut tokens: Vec<_> = known.iter().map(|token| token.to_le_bytes().to_vec()).collect();
+            tokens.sort();
+            tokens.dedup();
+            let numbered: Vec<_> = tokens.iter().zip(0..).collect();
+            let vocab = Vocab::new(&numbered, |_| true).unwrap();
+            // None, of two bytes, and one too long among them, and all that are there.
+            let others = sought.iter().map(|&(token, length)| [&token.to_le_bytes()[..], b"a"].concat()[..length].to_vec());
+            let all: Vec<Vec<u8>> = tokens.iter().cloned().chain(others).collect();
+            let mut found = Vec::new();
+            vocab.get_each(all.iter().map(Vec::as_slice), |id| found.push(id));
+            let expected: Vec<_> = all.iter().map(|token| tokens.binary_search(token).ok().map(|id| id as u32)).collect();
+            prop_assert_eq!(&found, &expected);
+            prop_assert_eq!(all.iter().map(|token| vocab.get(token)).collect::<Vec<_>>(), expected);
+            // Every token that has such a byte, once.
+            let mut with = Vec::new();
+            vocab.each_with(|byte| byte >= 0xe0, |token| with.push(token.to_vec()));
+            tokens.retain(|token| token.iter().any(|&byte| byte >= 0xe0));
+            prop_assert_eq!(with, tokens);
+        }
+    }
 }

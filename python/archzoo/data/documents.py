@@ -62,8 +62,11 @@ def _inside(folder: str) -> Iterator[InputFile]:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
                 yield from _inside(entry.path)
-            elif entry.name.endswith(SUFFIXES) and entry.is_file():
-                yield _input_file(entry.path, entry.stat())
+            elif entry.name.endswith(SUFFIXES) and (
+                # A link that leads to itself is no file; `is_file` fails.
+                os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+            ):
+                yield _input_file(entry.path.removeprefix("./"), entry.stat())
 
 
 def _input_file(path: str, stat: os.stat_result) -> InputFile:

@@ -286,7 +286,7 @@ class _Packer:
             except BaseException:
                 stop.set()
                 raise
-            self.hashes |= hashes.result()
+            found = self.hashes | hashes.result()
         shards = self.state.shards
         manifest = PackManifest(
             dtype=self.settings.dtype,
@@ -294,7 +294,7 @@ class _Packer:
             documents=sum(shard.documents for shard in shards),
             settings=self.settings,
             inputs=tuple(
-                PackInput(name=name, bytes=file.size, xxh3=self.hashes[i])
+                PackInput(name=name, bytes=file.size, xxh3=found.get(i) or file_xxh3(file.path))
                 for i, (name, file) in enumerate(zip(self.names, self.files, strict=True))
             ),
             shards=shards,
