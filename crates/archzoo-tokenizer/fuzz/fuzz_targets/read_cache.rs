@@ -30,7 +30,7 @@ fn changed(tables: &[u8], changes: &[u8]) -> Vec<u8> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let (long, run) = ("aabaaé中aab".repeat(40), "a".repeat(80));
+    let (long, run) = ("aabaaé中文中aab".repeat(40), "a".repeat(80));
     // Those that are merged side by side, one by one, and not at all.
     let pieces: Vec<&[u8]> = long.as_bytes().chunks(40).chain([long.as_bytes(), run.as_bytes()]).collect();
     let _ = encode_by(data, &pieces);
