@@ -21,7 +21,6 @@ mod model;
 mod normalize;
 mod reached;
 mod sentencepiece;
-mod shared_cache;
 mod split;
 mod tekken;
 mod tiktoken;

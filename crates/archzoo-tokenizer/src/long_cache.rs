@@ -23,21 +23,19 @@ const PROBES: usize = 32;
 
 /// Open addressing, at most half full, emptied when it may not grow.
 pub struct LongCache {
-    /// One of how many that share the room.
-    of: usize,
     slots: Vec<Slot>,
     used: usize,
     text: Vec<u8>,
     ids: Vec<u32>,
 }
 
-impl LongCache {
-    /// An empty cache that takes a part of the room, one of a power of two.
-    pub fn new(of: usize) -> Self {
-        let slots = vec![Slot::default(); (1 << 10) / of];
-        Self { of, slots, used: 0, text: Vec::new(), ids: Vec::new() }
+impl Default for LongCache {
+    fn default() -> Self {
+        Self { slots: vec![Slot::default(); 1 << 10], used: 0, text: Vec::new(), ids: Vec::new() }
     }
+}
 
+impl LongCache {
     /// The hash of a piece, whose slot is loaded meanwhile.
     #[inline(never)]
     pub fn seek(&self, piece: &[u8]) -> u64 {
@@ -74,11 +72,10 @@ impl LongCache {
 
     /// Keeps the ids of a piece that is not there, unless it is too long.
     pub fn insert(&mut self, piece: &[u8], hash: u64, ids: &[u32]) {
-        let (most_text, most_ids) = (MOST_TEXT / self.of, MOST_IDS / self.of);
-        if piece.is_empty() || piece.len() > most_text / 4 || ids.len() > most_ids / 2 {
+        if piece.is_empty() || piece.len() > MOST_TEXT / 4 || ids.len() > MOST_IDS / 2 {
             return;
         }
-        if self.text.len() + piece.len() > most_text || self.ids.len() + ids.len() > most_ids {
+        if self.text.len() + piece.len() > MOST_TEXT || self.ids.len() + ids.len() > MOST_IDS {
             self.clear();
         }
         if 2 * (self.used + 1) > self.slots.len() {
@@ -113,12 +110,11 @@ impl LongCache {
 
     #[cold]
     fn make_room(&mut self) {
-        let most = MOST_SLOTS / self.of;
-        if self.slots.len() >= most {
+        if self.slots.len() >= MOST_SLOTS {
             self.clear();
             return;
         }
-        let larger = vec![Slot::default(); (self.slots.len() * 4).min(most)];
+        let larger = vec![Slot::default(); (self.slots.len() * 4).min(MOST_SLOTS)];
         self.used = 0;
         for slot in std::mem::replace(&mut self.slots, larger) {
             if slot.length != 0 {
@@ -160,7 +156,7 @@ mod tests {
 
     #[test]
     fn equal_hashes_and_a_full_cache() {
-        let mut cache = LongCache::new(1);
+        let mut cache = LongCache::default();
         for i in 0..300_000u32 {
             let piece = [&i.to_le_bytes()[..], &[7; 40]].concat();
             // Many pieces share a hash.
@@ -179,7 +175,7 @@ mod tests {
 
     #[test]
     fn pieces_of_one_hash_take_no_longer() {
-        let mut cache = LongCache::new(1);
+        let mut cache = LongCache::default();
         for i in 0..60_000u32 {
             let piece = [&[7; 40][..], &i.to_le_bytes()].concat();
             cache.insert(&piece, 5, &[i]);

@@ -1,11 +1,9 @@
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
 
 use crate::bpe::{Bpe, Work};
 use crate::cache::{Cache, LONGEST, Sought};
 use crate::error::Result;
 use crate::long_cache::LongCache;
-use crate::shared_cache::SharedCache;
 use crate::split::{BATCH, Piece, Sink};
 use crate::unigram::Unigram;
 use crate::vocab::Vocab;
@@ -70,7 +68,6 @@ const LONGEST_BESIDE: usize = 256;
 
 /// What one thread keeps from call to call: pieces that it has seen, and buffers.
 pub struct Scratch {
-    shared: Arc<OnceLock<SharedCache>>,
     short: Cache,
     long: LongCache,
     work: Box<Work>,
@@ -135,19 +132,19 @@ impl New {
     }
 }
 
-impl Scratch {
-    /// Empty, beside that of other threads which have the same `shared`.
-    pub fn new(shared: Arc<OnceLock<SharedCache>>) -> Self {
+impl Default for Scratch {
+    fn default() -> Self {
         Self {
-            shared,
             short: Cache::new(MOST_SHORT),
-            long: LongCache::new(1),
+            long: LongCache::default(),
             work: Box::default(),
             sought: Box::new([Sought::default(); BATCH]),
             new: New::default(),
         }
     }
+}
 
+impl Scratch {
     /// Fills in `sought` and starts to load where pieces are looked up.
     #[inline(never)]
     fn seek(&mut self, text: &[u8], pieces: &[Piece]) {
@@ -218,19 +215,8 @@ impl Encoder<'_> {
     /// Appends the ids of a piece that this thread has not seen, the `i`-th of some whose `sought` are there.
     #[inline(never)]
     fn take_new(&mut self, text: &[u8], pieces: &[Piece], i: usize) {
-        let Scratch { shared, short, long, work, sought, new } = &mut *self.scratch;
-        // The tokenizer has one, each thread another.
-        let others = (Arc::strong_count(shared) > 2).then(|| shared.get_or_init(SharedCache::default));
+        let Scratch { short, long, work, sought, new } = &mut *self.scratch;
         let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
-        if let Some(hash) = sought[i].long_hash()
-            && let Some(others) = others
-            && others.get(piece(i), hash, |ids| {
-                self.out.extend_from_slice(ids);
-                long.insert(piece(i), hash, ids);
-            })
-        {
-            return;
-        }
         // Those of the rest that are not there either are encoded beside it.
         new.clear();
         new.pieces.push(i);
@@ -238,12 +224,7 @@ impl Encoder<'_> {
         for j in (i + 1..pieces.len()).filter(|&j| piece(j).len() <= LONGEST_BESIDE) {
             let is_there = match sought[j].long_hash() {
                 None => short.has(&sought[j]),
-                Some(hash) => {
-                    long.get(piece(j), hash).is_some()
-                        || others.is_some_and(|others| {
-                            others.get(piece(j), hash, |ids| long.insert(piece(j), hash, ids))
-                        })
-                }
+                Some(hash) => long.get(piece(j), hash).is_some(),
             };
             let hash = sought[j].hash();
             if !is_there && !new.hashes.contains(&hash) {
@@ -252,13 +233,11 @@ impl Encoder<'_> {
             }
         }
         new.cut(self.model, text, pieces, &sought[..], short);
-        let mut keep = |short: &mut Cache, (start, end): Piece, sought: &Sought, ids: &[u32]| {
-            let Some(hash) = sought.long_hash() else { return short.insert(sought, ids) };
-            if let Some(others) = others {
-                others.insert(&text[start..end], hash, ids);
-            }
-            long.insert(&text[start..end], hash, ids);
-        };
+        let mut keep =
+            |short: &mut Cache, (start, end): Piece, sought: &Sought, ids: &[u32]| match sought.long_hash() {
+                None => short.insert(sought, ids),
+                Some(hash) => long.insert(&text[start..end], hash, ids),
+            };
         let mut is_taken = false;
         let wanted = new.wanted.iter().map(|&((start, end), _)| &text[start..end]);
         self.model.encode_each(wanted, work, |nth, ids| {
@@ -340,7 +319,7 @@ mod tests {
     #[test]
     fn caches_are_emptied_within_a_batch() {
         let model = bytes_and(&[], false);
-        let mut scratch = Scratch::new(Arc::default());
+        let mut scratch = Scratch::default();
         let char = |i: u32| char::from_u32(0x4e00 + i % 0x5000).unwrap();
         for i in (0..150_000).step_by(25) {
             let (mut text, mut pieces) = (Vec::new(), Vec::new());
@@ -367,7 +346,7 @@ mod tests {
             let model = bytes_and(&["一"], ignore_merges);
             let alone = if ignore_merges { vec![256] } else { bytes("一") };
             for pieces in [[(0, 3), (0, 6)], [(0, 6), (0, 3)]] {
-                let mut scratch = Scratch::new(Arc::default());
+                let mut scratch = Scratch::default();
                 let found = encode(&model, &mut scratch, "一丁".as_bytes(), &pieces);
                 let ids = |(_, end)| if end == 3 { alone.clone() } else { bytes("一丁") };
                 assert_eq!(found, pieces.map(ids).concat());

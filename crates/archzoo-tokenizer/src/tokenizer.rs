@@ -3,7 +3,7 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -14,7 +14,6 @@ use crate::metaspace::Metaspace;
 use crate::model::{Encoder, Model, Scratch};
 use crate::normalize::Normalizer;
 use crate::sentencepiece::PieceDecoder;
-use crate::shared_cache::SharedCache;
 use crate::split::{Sink, Splitter};
 use crate::{cache_file, gguf, json, sentencepiece, tekken, tiktoken};
 
@@ -24,8 +23,6 @@ pub struct Tokenizer {
     /// Of the file, the pattern and what was changed since.
     hash: blake3::Hash,
     scratches: Mutex<Scratches>,
-    /// What the threads have in common, once there are several.
-    shared: Arc<OnceLock<SharedCache>>,
 }
 
 /// What threads keep from call to call. Text that comes again in the same place goes to the thread's scratch that has
@@ -211,7 +208,7 @@ impl Tokenizer {
     }
 
     fn new(parts: Parts, hash: blake3::Hash) -> Self {
-        Self { parts, hash, scratches: Mutex::default(), shared: Arc::default() }
+        Self { parts, hash, scratches: Mutex::default() }
     }
 
     /// The same with control tokens, told by their content, around a text with special tokens.
@@ -324,7 +321,7 @@ impl Tokenizer {
         // What is done at once may have works of its own, whose scratches it should not take.
         let share = if of == 1 { threads() } else { ((i + 1) * threads() - 1) / of };
         let taken = scratches().take(share);
-        let (share, mut scratch) = taken.unwrap_or_else(|| (share, Scratch::new(self.shared.clone())));
+        let (share, mut scratch) = taken.unwrap_or_else(|| (share, Scratch::default()));
         let result = work(&mut scratch);
         scratches().idle.push((share, scratch));
         result
