@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import exp, isfinite, log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 import torch
@@ -23,9 +24,6 @@ from archzoo.distill.stages import ILD, KD, Recipe, decays, objective, trains
 from archzoo.errors import ArchzooError, CheckpointError, InputError
 from archzoo.model import CausalLM
 from archzoo.ops.linear_loss import linear_cross_entropy
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, Any]
@@ -105,6 +103,12 @@ def perplexity(
     return exp(total / count), total / count / log(2)
 
 
+def _close_process_group() -> None:
+    """One left open aborts the process now and then: gloo's threads outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class _Run:
     """One stage of one student."""
 
@@ -119,7 +123,10 @@ class _Run:
     ) -> None:
         from accelerate import Accelerator
 
+        opened_by_caller = torch.distributed.is_initialized()
         self.accelerator = Accelerator()
+        if not opened_by_caller and torch.distributed.is_initialized():
+            atexit.register(_close_process_group)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.sharded: bool = self.accelerator.is_fsdp2
         if self.sharded and isinstance(stage, ILD):
