@@ -311,7 +311,7 @@ impl Tokenizer {
             parts.push(ids);
         }
         // One part, of a long text say, is all: it need not be copied.
-        let ids = <[Vec<u32>; 1]>::try_from(parts).map_or_else(|parts| parts.concat(), |[all]| all);
+        let ids = <[Vec<u32>; 1]>::try_from(parts).map_or_else(joined, |[all]| all);
         Ok(Ragged { ids, offsets })
     }
 
@@ -413,7 +413,7 @@ impl Tokenizer {
             Ok(ids)
         };
         let all = texts.par_iter().enumerate().map(encode).collect::<Result<Vec<_>>>()?;
-        all.iter().for_each(|ids| out.extend_from_slice(ids));
+        append(all, out);
         Ok(())
     }
 
@@ -553,6 +553,32 @@ impl Parts {
     fn added_token(&self, id: u32) -> Option<&AddedToken> {
         self.raw.by_id(id).or_else(|| self.normalized.by_id(id))
     }
+}
+
+fn joined(parts: Vec<Vec<u32>>) -> Vec<u32> {
+    let mut all = Vec::new();
+    append(parts, &mut all);
+    all
+}
+
+/// Appends parts to `out`, on the threads of the current pool: memory that is new takes longer to touch than to fill.
+fn append(parts: Vec<Vec<u32>>, out: &mut Vec<u32>) {
+    let total: usize = parts.iter().map(Vec::len).sum();
+    out.reserve(total);
+    let mut free = out.spare_capacity_mut();
+    let mut places = Vec::with_capacity(parts.len());
+    for part in &parts {
+        let (place, rest) = free.split_at_mut(part.len());
+        places.push(place);
+        free = rest;
+    }
+    parts.into_par_iter().zip(places).for_each(|(part, place)| {
+        for (place, id) in place.iter_mut().zip(part) {
+            place.write(id);
+        }
+    });
+    // SAFETY: The places, side by side from the old end on, have been filled.
+    unsafe { out.set_len(out.len() + total) };
 }
 
 /// Neighbouring texts of [`TASK_BYTES`] or more.
