@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use archzoo_simd::InstructionSet;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 
@@ -81,10 +82,7 @@ const REACH: usize = 2 * WINDOW + 1;
 fn add_string<'a>(rest: &'a [u8], out: &mut Vec<u8>) -> Option<&'a [u8]> {
     let mut rest = rest.strip_prefix(b"\"")?;
     loop {
-        rest = match rest.first_chunk() {
-            Some(block) => &rest[add_window(block, out)..],
-            None => rest,
-        };
+        rest = &rest[add_windows(rest, out)..];
         match rest.split_first()? {
             (b'"', after) => return Some(after),
             (b'\\', after) => rest = add_escape(after, out)?,
@@ -95,6 +93,64 @@ fn add_string<'a>(rest: &'a [u8], out: &mut Vec<u8>) -> Option<&'a [u8]> {
             }
         }
     }
+}
+
+/// Appends windows, as long as there are some, up to the end of the string, an escape of many characters, or a fault;
+/// how many bytes that was.
+fn add_windows(rest: &[u8], out: &mut Vec<u8>) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if InstructionSet::current() == InstructionSet::Avx512
+        && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vbmi2")
+    {
+        // SAFETY: This CPU has these instructions.
+        return unsafe { add_windows_avx512(rest, out) };
+    }
+    rest.first_chunk().map_or(0, |block| add_window(block, out))
+}
+
+/// As `add_window` again and again, but the backslashes of a window are taken out all at once.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,bmi1,popcnt")]
+fn add_windows_avx512(rest: &[u8], out: &mut Vec<u8>) -> usize {
+    use std::arch::x86_64::*;
+    const ODD: u64 = 0xaaaa_aaaa_aaaa_aaaa;
+    const LAST: u64 = 1 << 63;
+    let load = |bytes: &[u8; WINDOW]| {
+        // SAFETY: A window of bytes.
+        unsafe { _mm512_loadu_epi8(bytes.as_ptr().cast()) }
+    };
+    let [low, high] = [load(&UNESCAPED[0]), load(&UNESCAPED[1])];
+    let mut done = 0;
+    while let Some(window) = rest[done..].first_chunk() {
+        let bytes = load(window);
+        let backslashes = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(b'\\' as i8));
+        // Of a run, the first, the third and so on start an escape: a borrow runs through those that do not, so the sum
+        // differs at each start and at what follows the run.
+        let ends = (backslashes << 1 | ODD).wrapping_sub(backslashes) ^ ODD;
+        let (starts, escaped) = (ends & backslashes, ends ^ backslashes);
+        let characters = _mm512_permutex2var_epi8(low, bytes, high);
+        let known = _mm512_test_epi8_mask(characters, characters) & !_mm512_movepi8_mask(bytes);
+        let quotes = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(b'"' as i8));
+        let control = _mm512_cmplt_epu8_mask(bytes, _mm512_set1_epi8(b' ' as i8));
+        let stops = quotes & !escaped | control | (escaped & !known) >> 1 | starts & LAST;
+        let len = stops.trailing_zeros();
+        let kept = !starts & !u64::MAX.checked_shl(len).unwrap_or(0);
+        let text = _mm512_maskz_compress_epi8(kept, _mm512_mask_blend_epi8(escaped, bytes, characters));
+        out.reserve(WINDOW);
+        // SAFETY: There is room for a window, of which the first bytes count.
+        unsafe {
+            _mm512_storeu_epi8(out.as_mut_ptr().add(out.len()).cast(), text);
+            out.set_len(out.len() + kept.count_ones() as usize);
+        }
+        // Where the next window starts is a guess of the CPU's, which a sum would have to be waited for.
+        match stops {
+            0 => done += WINDOW,
+            LAST => done += WINDOW - 1,
+            _ => return done + len as usize,
+        }
+    }
+    done
 }
 
 /// Appends a window, or what of it comes before the end of the string or an escape of many characters; how many bytes
@@ -160,7 +216,7 @@ fn add_escape<'a>(escape: &'a [u8], out: &mut Vec<u8>) -> Option<&'a [u8]> {
 }
 
 /// What a backslash and this letter stand for.
-fn unescaped(letter: u8) -> Option<u8> {
+const fn unescaped(letter: u8) -> Option<u8> {
     Some(match letter {
         b'n' => b'\n',
         b't' => b'\t',
@@ -171,6 +227,20 @@ fn unescaped(letter: u8) -> Option<u8> {
         _ => return None,
     })
 }
+
+/// The same of every ASCII character, 0 for none.
+#[cfg(target_arch = "x86_64")]
+const UNESCAPED: [[u8; WINDOW]; 2] = {
+    let mut table = [[0; WINDOW]; 2];
+    let mut letter = 0;
+    while letter < 2 * WINDOW {
+        if let Some(character) = unescaped(letter as u8) {
+            table[letter / WINDOW][letter % WINDOW] = character;
+        }
+        letter += 1;
+    }
+    table
+};
 
 /// The character of the hexadecimal digits that follow a `\u`, and of a second half if this is the first of two.
 fn character(rest: &mut &[u8]) -> Option<char> {
