@@ -117,7 +117,7 @@ def test_documents_keep_their_order_over_shards(tmp_path: Path) -> None:
     assert texts_of(pack) == texts
     assert manifest == pack.manifest == verify_pack(tmp_path / "out")
     assert [entry.name for entry in manifest.inputs] == ["b.jsonl", "c.jsonl.gz", "d.txt"]
-    assert all(entry.xxh3 == _rust.file_xxh3(tmp_path / entry.name) for entry in manifest.inputs)
+    assert all(entry.xxh3 == documents.file_xxh3(tmp_path / entry.name) for entry in manifest.inputs)
     assert manifest.tokens == len(pack) == sum(len(t.encode()) + 1 for t in texts)
     assert manifest.documents == 500
     assert all(1000 <= shard.tokens < 1050 for shard in manifest.shards[:-1])
@@ -194,7 +194,7 @@ def test_inputs_are_told_apart_by_xxh3(tmp_path: Path, size: int, digest: str) -
     """The values are those of the xxhash package."""
     path = tmp_path / "a"
     path.write_bytes((bytes(range(256)) * 2000)[:size])
-    assert _rust.file_xxh3(path) == digest
+    assert documents.file_xxh3(path) == digest
 
 
 def test_wide_ids_and_a_real_tokenizer(tmp_path: Path) -> None:
@@ -219,7 +219,8 @@ def test_parquet_and_zstd(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"body": t}) + "\n" for t in texts[2000:]).encode()
     frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (lines[:1000], lines[1000:])]
     (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
-    write_pack([tmp_path], Bytes(), tmp_path / "out", text_key="body", append_eos=True)
+    manifest = write_pack([tmp_path], Bytes(), tmp_path / "out", text_key="body", append_eos=True)
+    assert all(entry.xxh3 == documents.file_xxh3(tmp_path / entry.name) for entry in manifest.inputs)
     assert texts_of(Pack(tmp_path / "out")) == texts
     with pytest.raises(InputError, match=r"a\.parquet: no column 'text'"):
         write_pack([tmp_path], Bytes(), tmp_path / "no")

@@ -18,6 +18,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "Utf8Stream",
+    "Xxh3",
     "__version__",
     "attention",
     "compress",
@@ -29,7 +30,6 @@ __all__ = [
     "eplb",
     "experts",
     "file_texts",
-    "file_xxh3",
     "gate",
     "gated_rms_norm",
     "has_bfloat16",
@@ -92,8 +92,15 @@ def file_texts(paths: Sequence[str | os.PathLike[str]]) -> tuple[Texts, list[str
     OSError or ValueError names the one that cannot be read or is not UTF-8.
     """
 
-def file_xxh3(path: str | os.PathLike[str]) -> str:
-    """xxh3-128 of a file's content, in 32 hexadecimal digits."""
+@final
+class Xxh3:
+    """xxh3-128 of bytes that are given part by part."""
+
+    def __new__(cls) -> Self: ...
+    def update(self, part: bytes) -> None:
+        """Takes the next bytes."""
+    def hexdigest(self) -> str:
+        """The hash of the bytes so far, in 32 hexadecimal digits."""
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written: names file, tensor, what was expected and found."""

@@ -39,7 +39,7 @@ mod _rust {
     #[pymodule_export]
     use super::plan::plan;
     #[pymodule_export]
-    use super::texts::{Texts, file_texts, file_xxh3, json_texts, text_start};
+    use super::texts::{Texts, Xxh3, file_texts, json_texts, text_start};
     #[pymodule_export]
     use super::tokenizer::{PyTokenizer, TokenizerError, Utf8Stream, render_chat, split_patterns};
 

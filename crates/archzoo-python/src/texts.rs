@@ -108,7 +108,7 @@ fn line_start(text: &str) -> usize {
     starts.find(begins_word).unwrap_or(text.len())
 }
 
-/// The texts of whole files, and as of [`file_xxh3`] their hashes.
+/// The texts of whole files, and the xxh3-128 of each.
 #[pyfunction]
 pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<(Texts, Vec<String>)> {
     py.detach(|| {
@@ -128,22 +128,26 @@ pub fn file_texts(py: Python, paths: Vec<PathBuf>) -> PyResult<(Texts, Vec<Strin
     })
 }
 
-/// xxh3-128 of a file's content, in 32 hexadecimal digits.
-#[pyfunction]
-pub fn file_xxh3(py: Python, path: PathBuf) -> PyResult<String> {
-    py.detach(|| {
-        let mut hash = XxHash3_128::new();
-        let mut block = vec![0; 1 << 18];
-        let mut file = File::open(&path).map_err(|e| not_read(&path, &e))?;
-        loop {
-            match file.read(&mut block) {
-                Ok(0) => return Ok(hex(hash.finish_128())),
-                Ok(size) => hash.write(&block[..size]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(not_read(&path, &e)),
-            }
-        }
-    })
+/// xxh3-128 of bytes that are given part by part.
+#[pyclass(module = "archzoo._rust")]
+pub struct Xxh3(XxHash3_128);
+
+#[pymethods]
+impl Xxh3 {
+    #[new]
+    fn new() -> Self {
+        Self(XxHash3_128::new())
+    }
+
+    /// Takes the next bytes.
+    fn update(&mut self, py: Python, part: PyBackedBytes) {
+        py.detach(|| self.0.write(&part));
+    }
+
+    /// The hash of the bytes so far, in 32 hexadecimal digits.
+    fn hexdigest(&self) -> String {
+        hex(self.0.finish_128())
+    }
 }
 
 fn hex(hash: u128) -> String {

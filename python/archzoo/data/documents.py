@@ -73,6 +73,51 @@ def _input_file(path: str, stat: os.stat_result) -> InputFile:
     return InputFile(path, stat.st_size, stat.st_mtime_ns)
 
 
+class HashedFile:
+    """A file opened for reading in binary, and the xxh3-128 of all that it holds."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._hash = _rust.Xxh3()
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, size: int = -1) -> bytes:
+        return self._taken(self._file.read(size))
+
+    def readinto(self, buffer: memoryview) -> int:
+        part = self.read(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
+
+    def readline(self) -> bytes:
+        return self._taken(self._file.readline())
+
+    def _taken(self, part: bytes) -> bytes:
+        self._hash.update(part)
+        return part
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
+
+    def xxh3(self) -> str:
+        """In 32 hexadecimal digits; reads what has not been read."""
+        while self.read(1 << 18):
+            pass
+        return self._hash.hexdigest()
+
+
 class Documents:
     """The documents of one file in their order; `bytes_read` of it have been read so far.
 
@@ -83,7 +128,9 @@ class Documents:
     def __init__(self, path: Path, text_key: str = "text") -> None:
         self.path, self.text_key = path, text_key
         self.size = path.stat().st_size
-        self._raw: IO[bytes] | None = None
+        self.xxh3: str | None = None
+        """Of the file, known when all documents have been read; not of Parquet, which is read in no order."""
+        self._raw: IO[bytes] | HashedFile | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -91,17 +138,20 @@ class Documents:
 
     def __iter__(self) -> Iterator[Block]:
         name = self.path.name.removesuffix(".gz").removesuffix(".zst")
-        with open(self.path, "rb") as self._raw:
-            if name.endswith(PARQUET):
+        if name.endswith(PARQUET):
+            with open(self.path, "rb") as self._raw:
                 yield from self._rows(self._raw)
-                return
-            with _decompressed(self._raw, self.path) as file:
-                try:
-                    yield from self._lines(file) if name.endswith(LINES) else self._text(file)
-                except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # wrong in its stubs
-                    raise InputError(f"{self.path}: {error}") from None
+            return
+        with HashedFile(self.path) as raw:
+            self._raw = raw
+            try:
+                file = _decompressed(raw, self.path)
+                yield from self._lines(file) if name.endswith(LINES) else self._text(file)
+                self.xxh3 = raw.xxh3()
+            except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # wrong in its stubs
+                raise InputError(f"{self.path}: {error}") from None
 
-    def _text(self, file: IO[bytes]) -> Iterator[Block]:
+    def _text(self, file: Any) -> Iterator[Block]:
         held = b""
         while True:
             more = file.read(BLOCK)
@@ -117,7 +167,7 @@ class Documents:
                 return
             held = held[size:]
 
-    def _lines(self, file: IO[bytes]) -> Iterator[Block]:
+    def _lines(self, file: Any) -> Iterator[Block]:
         number, size = 1, min(1 << 18, BLOCK)
         while block := file.read(size):
             size = min(2 * size, BLOCK)  # the first ones are short, so that their encoding starts soon
@@ -156,7 +206,13 @@ def small_texts(paths: Sequence[str]) -> tuple[Block, list[str]]:
         raise InputError(str(error)) from None
 
 
-def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
+def file_xxh3(path: str | Path) -> str:
+    """xxh3-128 of a file's content, in 32 hexadecimal digits."""
+    with HashedFile(path) as file:
+        return file.xxh3()
+
+
+def _decompressed(raw: HashedFile, path: Path) -> Any:
     if path.suffix == ".gz":
         return io.BufferedReader(igzip.IGzipFile(fileobj=raw), 1 << 20)
     if path.suffix == ".zst":

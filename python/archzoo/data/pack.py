@@ -28,8 +28,18 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from archzoo._rust import Texts, file_xxh3
-from archzoo.data.documents import BLOCK, TEXT, Block, Documents, InputFile, input_files, small_texts
+from archzoo._rust import Texts
+from archzoo.data.documents import (
+    BLOCK,
+    PARQUET,
+    TEXT,
+    Block,
+    Documents,
+    InputFile,
+    file_xxh3,
+    input_files,
+    small_texts,
+)
 from archzoo.data.files import replace_text, sync, sync_folder
 from archzoo.errors import InputError, PackError
 
@@ -254,7 +264,7 @@ class _Packer:
         whole = os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")
         self.names = [path.removeprefix(whole) for path in paths]
         self.hashes: dict[int, str] = {}
-        """Those of the files that are read with their neighbours."""
+        """Those of the files that this run has read from their start to their end."""
         known = ((name, size, changed) for name, (_, size, changed) in zip(self.names, files, strict=True))
         fresh = _Unfinished(settings=settings, inputs=tuple(known))
         self.state = self._found(fresh) or fresh
@@ -279,8 +289,8 @@ class _Packer:
                 return self._same(PackManifest.read(self.folder))
             stop = threading.Event()
             done, files = self.state.place.input, enumerate(self.files)
-            alone = [(i, file.path) for i, file in files if i < done or not self._is_small(file)]
-            hashes = hasher.submit(lambda: {i: file_xxh3(path) for i, path in alone if not stop.is_set()})
+            others = [(i, file.path) for i, file in files if i < done or file.path.endswith(PARQUET)]
+            hashes = hasher.submit(lambda: {i: file_xxh3(path) for i, path in others if not stop.is_set()})
             try:
                 self._write(progress)
             except BaseException:
@@ -294,7 +304,7 @@ class _Packer:
             documents=sum(shard.documents for shard in shards),
             settings=self.settings,
             inputs=tuple(
-                PackInput(name=name, bytes=file.size, xxh3=found.get(i) or file_xxh3(file.path))
+                PackInput(name=name, bytes=file.size, xxh3=found[i])
                 for i, (name, file) in enumerate(zip(self.names, self.files, strict=True))
             ),
             shards=shards,
@@ -380,6 +390,8 @@ class _Packer:
                         continue
                     batch = batch._replace(block=Block(rest, block.ends), start=_Place(i, skip))
                 yield batch
+            if documents.xxh3:
+                self.hashes[i] = documents.xxh3
             before += self.files[i].size
             i, skip = i + 1, 0
 
