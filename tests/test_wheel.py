@@ -1,5 +1,6 @@
 """What is in the wheel, built from the tree and from the source distribution."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -16,14 +17,19 @@ pytestmark = pytest.mark.timeout(1800)  # the first build compiles everything
 
 
 def maturin(*arguments: str, folder: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "maturin", *arguments],
-        cwd=folder,
-        # One target folder: dependencies are compiled once.
-        env=os.environ | {"CARGO_TARGET_DIR": str(ROOT / "target")},
-        capture_output=True,
-        text=True,
-    )
+    target = ROOT / "target"
+    target.mkdir(exist_ok=True)
+    with open(target / "maturin.lock", "w") as lock:
+        # Two test workers at once take each other's library away.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = subprocess.run(
+            [sys.executable, "-m", "maturin", *arguments],
+            cwd=folder,
+            # One target folder: dependencies are compiled once.
+            env=os.environ | {"CARGO_TARGET_DIR": str(target)},
+            capture_output=True,
+            text=True,
+        )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
