@@ -310,6 +310,7 @@ PIECES = [
     *'"\\{}[]:,u0+-e. \t\r\x01\x0cé',
     "\\n",
     "\\/",
+    "\\€",
     "\\u00e9",
     "\\ud83d\\ude00",
     "\\ud800",
@@ -319,6 +320,10 @@ PIECES = [
 
 
 def read_lines_as_python() -> None:
+    for character in [*map(chr, range(0x800)), "€", "\ue000"]:  # low bits of a b, an n
+        line = json.dumps({"text": "a" * 100 + "?" * 2 + "b" * 100}).replace("??", "\\" + character) + "\n"
+        found, _, _ = _rust.json_texts(line.encode(), b"", "text")
+        assert list(found) == [text for text in [python_text(line)] if text is not None], line
     rng = random.Random(0)
     accepted = 0
     for _ in range(15_000):

@@ -95,7 +95,7 @@ fn add_string<'a>(rest: &'a [u8], out: &mut Vec<u8>) -> Option<&'a [u8]> {
     }
 }
 
-/// Appends windows, as long as there are some, up to the end of the string, an escape of many characters, or a fault;
+/// Appends windows, one or more if there are some, up to the end of the string, an escape of many characters, or a fault;
 /// how many bytes that was.
 fn add_windows(rest: &[u8], out: &mut Vec<u8>) -> usize {
     #[cfg(target_arch = "x86_64")]
@@ -125,10 +125,10 @@ fn add_windows_avx512(rest: &[u8], out: &mut Vec<u8>) -> usize {
     while let Some(window) = rest[done..].first_chunk() {
         let bytes = load(window);
         let backslashes = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(b'\\' as i8));
-        // Of a run, the first, the third and so on start an escape: a borrow runs through those that do not, so the sum
-        // differs at each start and at what follows the run.
-        let ends = (backslashes << 1 | ODD).wrapping_sub(backslashes) ^ ODD;
-        let (starts, escaped) = (ends & backslashes, ends ^ backslashes);
+        // Of a run, the first, the third and so on start an escape. The difference tells them, and what follows a run of
+        // odd length, which is escaped too.
+        let told = (backslashes << 1 | ODD).wrapping_sub(backslashes) ^ ODD;
+        let (starts, escaped) = (told & backslashes, told ^ backslashes);
         let characters = _mm512_permutex2var_epi8(low, bytes, high);
         let known = _mm512_test_epi8_mask(characters, characters) & !_mm512_movepi8_mask(bytes);
         let quotes = _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(b'"' as i8));
@@ -143,7 +143,7 @@ fn add_windows_avx512(rest: &[u8], out: &mut Vec<u8>) -> usize {
             _mm512_storeu_epi8(out.as_mut_ptr().add(out.len()).cast(), text);
             out.set_len(out.len() + kept.count_ones() as usize);
         }
-        // Where the next window starts is a guess of the CPU's, which a sum would have to be waited for.
+        // Constants, not `done += len`: the CPU predicts a branch, but would have to wait for `len`.
         match stops {
             0 => done += WINDOW,
             LAST => done += WINDOW - 1,

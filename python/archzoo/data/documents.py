@@ -86,7 +86,7 @@ class HashedFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         return self._taken(self._file.read(size))
 
     def readinto(self, buffer: memoryview) -> int:

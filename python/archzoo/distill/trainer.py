@@ -103,9 +103,14 @@ def perplexity(
     return exp(total / count), total / count / log(2)
 
 
+def _has_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _close_process_group() -> None:
-    """One left open aborts the process now and then: gloo's threads outlive the interpreter."""
-    if torch.distributed.is_initialized():
+    """One of gloo left open aborts the process now and then: its threads outlive the interpreter."""
+    # NCCL would wait for the other processes, also where this one has failed.
+    if _has_process_group() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
 
@@ -123,9 +128,9 @@ class _Run:
     ) -> None:
         from accelerate import Accelerator
 
-        opened_by_caller = torch.distributed.is_initialized()
+        opened_by_caller = _has_process_group()
         self.accelerator = Accelerator()
-        if not opened_by_caller and torch.distributed.is_initialized():
+        if not opened_by_caller and _has_process_group():
             atexit.register(_close_process_group)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.sharded: bool = self.accelerator.is_fsdp2
