@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use archzoo_simd::InstructionSet;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 
@@ -99,12 +98,15 @@ fn add_string<'a>(rest: &'a [u8], out: &mut Vec<u8>) -> Option<&'a [u8]> {
 /// how many bytes that was.
 fn add_windows(rest: &[u8], out: &mut Vec<u8>) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if InstructionSet::current() == InstructionSet::Avx512
-        && is_x86_feature_detected!("avx512vbmi")
-        && is_x86_feature_detected!("avx512vbmi2")
     {
-        // SAFETY: This CPU has these instructions.
-        return unsafe { add_windows_avx512(rest, out) };
+        use archzoo_simd::InstructionSet;
+        if InstructionSet::current() == InstructionSet::Avx512
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512vbmi2")
+        {
+            // SAFETY: This CPU has these instructions.
+            return unsafe { add_windows_avx512(rest, out) };
+        }
     }
     rest.first_chunk().map_or(0, |block| add_window(block, out))
 }

@@ -73,43 +73,30 @@ def _input_file(path: str, stat: os.stat_result) -> InputFile:
     return InputFile(path, stat.st_size, stat.st_mtime_ns)
 
 
-class HashedFile:
-    """A file opened for reading in binary, and the xxh3-128 of all that it holds."""
+class HashedFile(io.BufferedReader):
+    """A file opened for reading, and the xxh3-128 of all that it holds.
+
+    For who reads it in order, by the methods here: the others of its base do not take part in the hash.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115
+        super().__init__(io.FileIO(path))
         self._hash = _rust.Xxh3()
 
-    def __enter__(self) -> HashedFile:
-        return self
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._taken(super().read(size))
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def read(self, size: int) -> bytes:
-        return self._taken(self._file.read(size))
-
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         part = self.read(len(buffer))
         buffer[: len(part)] = part
         return len(part)
 
-    def readline(self) -> bytes:
-        return self._taken(self._file.readline())
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._taken(super().readline(size))
 
     def _taken(self, part: bytes) -> bytes:
         self._hash.update(part)
         return part
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def close(self) -> None:
-        self._file.close()
 
     def xxh3(self) -> str:
         """In 32 hexadecimal digits; reads what has not been read."""
@@ -130,7 +117,7 @@ class Documents:
         self.size = path.stat().st_size
         self.xxh3: str | None = None
         """Of the file, known when all documents have been read; not of Parquet, which is read in no order."""
-        self._raw: IO[bytes] | HashedFile | None = None
+        self._raw: IO[bytes] | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -142,16 +129,15 @@ class Documents:
             with open(self.path, "rb") as self._raw:
                 yield from self._rows(self._raw)
             return
-        with HashedFile(self.path) as raw:
+        with HashedFile(self.path) as raw, _decompressed(raw, self.path) as file:
             self._raw = raw
             try:
-                file = _decompressed(raw, self.path)
                 yield from self._lines(file) if name.endswith(LINES) else self._text(file)
                 self.xxh3 = raw.xxh3()
             except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # wrong in its stubs
                 raise InputError(f"{self.path}: {error}") from None
 
-    def _text(self, file: Any) -> Iterator[Block]:
+    def _text(self, file: IO[bytes]) -> Iterator[Block]:
         held = b""
         while True:
             more = file.read(BLOCK)
@@ -167,7 +153,7 @@ class Documents:
                 return
             held = held[size:]
 
-    def _lines(self, file: Any) -> Iterator[Block]:
+    def _lines(self, file: IO[bytes]) -> Iterator[Block]:
         number, size = 1, min(1 << 18, BLOCK)
         while block := file.read(size):
             size = min(2 * size, BLOCK)  # the first ones are short, so that their encoding starts soon
@@ -212,7 +198,7 @@ def file_xxh3(path: str | Path) -> str:
         return file.xxh3()
 
 
-def _decompressed(raw: HashedFile, path: Path) -> Any:
+def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return io.BufferedReader(igzip.IGzipFile(fileobj=raw), 1 << 20)
     if path.suffix == ".zst":
