@@ -17,13 +17,16 @@ use crate::vocab::{ID_BITS, NO_ID};
 /// No rank: the pair does not merge.
 pub const NONE: u32 = u32::MAX;
 const RANK_BITS: u32 = 21;
-const EMPTY: u64 = u64::MAX;
+/// Both ids where there is no pair.
+const EMPTY: u32 = u32::MAX;
 /// Symbols of a window of a long piece, but for those that are wider because others do not agree.
 const WINDOW: usize = SHORT;
 /// Symbols from the start of one window to that of the next.
 const STRIDE: usize = WINDOW - 16;
 /// Windows that are merged before they are joined.
 const WINDOWS: usize = if cfg!(test) { 4 } else { 64 };
+/// Symbols before the end of the last window whose tokens are kept to join the next one.
+const KEPT: usize = if cfg!(test) { WINDOW } else { 512 };
 const POSITION_BITS: u32 = 11;
 
 /// Two tokens that merge to a third.
@@ -56,26 +59,52 @@ const FILTER_BITS: u32 = 20;
 const FEW: usize = 320;
 
 /// Pairs whose hashes share a cache line.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 struct Bucket {
-    /// Left id, right id, rank.
-    slots: [u64; PAIRS],
+    lefts: [u32; PAIRS],
+    rights: [u32; PAIRS],
+    /// Of the first, a bit more: [`IS_OVER`].
+    ranks: [u32; PAIRS],
     products: [u32; PAIRS],
-    /// Whether a pair that belongs here, or before, is behind this bucket.
-    is_over: u64,
 }
 
 /// Pairs of a bucket, at most.
 const PAIRS: usize = 4;
-const FREE: Bucket = Bucket { slots: [EMPTY; PAIRS], products: [0; PAIRS], is_over: 0 };
+const FREE: Bucket =
+    Bucket { lefts: [EMPTY; PAIRS], rights: [EMPTY; PAIRS], ranks: [0; PAIRS], products: [0; PAIRS] };
+/// Whether a pair that belongs to a bucket, or before, is behind it.
+const IS_OVER: u32 = 1 << 31;
 const MOST_RANKS: u32 = 1 << RANK_BITS;
 
 impl Bucket {
-    /// The slots that have a key, as bits.
+    /// The slots that have a pair, as bits.
     #[inline(always)]
-    fn find(&self, key: u64) -> u32 {
-        (0..PAIRS).fold(0, |bits, i| bits | u32::from(self.slots[i] >> RANK_BITS == key) << i)
+    fn find(&self, left: u32, right: u32) -> u32 {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{
+                __m128i, _mm_and_si128, _mm_castsi128_ps, _mm_cmpeq_epi32, _mm_loadu_si128, _mm_movemask_ps,
+                _mm_set1_epi32,
+            };
+            // From plain code the compiler makes bits one by one where it has registers for masks.
+            // SAFETY: SSE2 is part of x86-64 and the loads are of 16 bytes that are there.
+            unsafe {
+                let is = |ids: &[u32; PAIRS], id: u32| -> __m128i {
+                    _mm_cmpeq_epi32(_mm_loadu_si128(ids.as_ptr().cast()), _mm_set1_epi32(id as i32))
+                };
+                let both = _mm_and_si128(is(&self.lefts, left), is(&self.rights, right));
+                _mm_movemask_ps(_mm_castsi128_ps(both)) as u32
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        (0..PAIRS).fold(0, |bits, i| bits | u32::from(self.lefts[i] == left && self.rights[i] == right) << i)
+    }
+
+    /// Whether a pair that belongs here, or before, is behind this bucket.
+    #[inline(always)]
+    fn is_over(&self) -> bool {
+        self.ranks[0] & IS_OVER != 0
     }
 }
 
@@ -97,22 +126,23 @@ impl Merges {
                 prefetch(&made.buckets[home(hash(pair(later.left, later.right)), size)]);
             }
             debug_assert!(merge.left.max(merge.right).max(merge.product) < NO_ID);
-            let key = pair(merge.left, merge.right);
-            let hash = hash(key);
+            let hash = hash(pair(merge.left, merge.right));
             let (word, bit) = filter_bit(hash);
             made.filter[word] |= 1 << bit;
             let mut at = home(hash, size);
             let slot = loop {
                 let bucket = &mut made.buckets[at];
-                let found = bucket.find(key) | bucket.find(EMPTY >> RANK_BITS);
+                let found = bucket.find(merge.left, merge.right) | bucket.find(EMPTY, EMPTY);
                 if found != 0 {
                     break found.trailing_zeros() as usize;
                 }
-                bucket.is_over = 1;
+                bucket.ranks[0] |= IS_OVER;
                 at = (at + 1) & (size - 1);
             };
-            made.buckets[at].slots[slot] = key << RANK_BITS | u64::from(merge.rank);
-            made.buckets[at].products[slot] = merge.product;
+            let bucket = &mut made.buckets[at];
+            (bucket.lefts[slot], bucket.rights[slot]) = (merge.left, merge.right);
+            bucket.ranks[slot] = bucket.ranks[slot] & IS_OVER | merge.rank;
+            bucket.products[slot] = merge.product;
         }
         Ok(made.with_few())
     }
@@ -157,14 +187,13 @@ impl Merges {
     /// Rank and product of a pair at its place; [`NONE`] for both if it does not merge.
     #[inline(always)]
     fn get_at(&self, mut at: usize, left: u32, right: u32) -> (u32, u32) {
-        let key = pair(left, right);
         loop {
             let bucket = &self.buckets[at];
-            let found = bucket.find(key);
+            let found = bucket.find(left, right);
             let slot = found.trailing_zeros() as usize % PAIRS;
-            let rank = bucket.slots[slot] as u32 & (MOST_RANKS - 1);
+            let rank = bucket.ranks[slot] & !IS_OVER;
             let is_there = found != 0;
-            if is_there | (bucket.is_over == 0) {
+            if is_there | !bucket.is_over() {
                 return (
                     select_unpredictable(is_there, rank, NONE),
                     select_unpredictable(is_there, bucket.products[slot], NONE),
@@ -188,14 +217,16 @@ impl Merges {
 
     /// All merges, in no order.
     pub fn each(&self) -> impl Iterator<Item = Merge> {
-        let id = |slot: u64, shift: u32| (slot >> shift) as u32 & NO_ID;
-        let slots = self.buckets.iter().flat_map(|bucket| bucket.slots.into_iter().zip(bucket.products));
-        slots.filter(|&(slot, _)| slot != EMPTY).map(move |(slot, product)| Merge {
-            left: id(slot, ID_BITS + RANK_BITS),
-            right: id(slot, RANK_BITS),
-            rank: slot as u32 & (MOST_RANKS - 1),
-            product,
-        })
+        let merges = self.buckets.iter().flat_map(|bucket| {
+            let Bucket { lefts, rights, ranks, products } = *bucket;
+            (0..PAIRS).map(move |i| Merge {
+                left: lefts[i],
+                right: rights[i],
+                rank: ranks[i] & !IS_OVER,
+                product: products[i],
+            })
+        });
+        merges.filter(|merge| merge.left != EMPTY)
     }
 
     /// Whether all ids are below a number.
@@ -213,7 +244,7 @@ impl Merges {
         let Long { list, lists, windows } = long;
         let (mut joined, mut next) = (Tokens::default(), Tokens::default());
         let count = 1 + symbols.len().saturating_sub(WINDOW).div_ceil(STRIDE);
-        let (mut size, mut failed) = (WINDOW, 0);
+        let (mut size, mut failed, before) = (WINDOW, 0, out.len());
         for first in (0..count).step_by(WINDOWS) {
             // Where tokens are long, windows that start anywhere have too few in common.
             if failed > WINDOWS / 4 {
@@ -234,9 +265,18 @@ impl Merges {
                     }
                 }
             }
+            // As long as no window had to be wider, none begins further back.
+            if size == WINDOW {
+                let done = joined.starts.partition_point(|&start| start as usize + KEPT < joined.end);
+                out.extend(joined.ids.drain(..done));
+                joined.starts.drain(..done);
+            }
         }
         while joined.end < symbols.len() {
             self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
+        }
+        if joined.starts.first() == Some(&0) {
+            out.truncate(before);
         }
         out.extend_from_slice(&joined.ids);
     }
@@ -252,9 +292,10 @@ impl Merges {
         next: &mut Tokens,
     ) {
         let reach = joined.end.saturating_sub(*size / 8);
-        let first = joined.starts.partition_point(|&start| start as usize <= reach) - 1;
+        let first = joined.starts.partition_point(|&start| start as usize <= reach).saturating_sub(1);
         let first = first.min(joined.starts.len().saturating_sub(3));
-        let start = joined.starts[first] as usize;
+        // What is before the first token here may matter.
+        let start = if first == 0 { 0 } else { joined.starts[first] as usize };
         self.merge_from(symbols, start, *size, list, next);
         if next.end > joined.end && (start == 0 || joined.join(first, next)) {
             if start == 0 {
@@ -343,29 +384,28 @@ impl Merges {
 
 impl Table for Merges {
     fn write(&self, out: &mut Writer) {
-        let two = |ids: [u32; 2]| u64::from(ids[0]) | u64::from(ids[1]) << 32;
         let words = self.buckets.iter().flat_map(|bucket| {
-            let [a, b, c, d] = bucket.products;
-            bucket.slots.into_iter().chain([two([a, b]), two([c, d]), bucket.is_over])
+            let Bucket { lefts, rights, ranks, products } = *bucket;
+            [lefts, rights, ranks, products].into_iter().flatten()
         });
-        out.longs(&words.collect::<Vec<_>>());
+        out.words(&words.collect::<Vec<_>>());
         out.longs(&self.filter);
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
-        let words = from.longs()?;
-        let (buckets, rest) = words.as_chunks();
-        let buckets = buckets.iter().map(|&[w, x, y, z, ab, cd, is_over]| Bucket {
-            slots: [w, x, y, z],
-            products: [ab as u32, (ab >> 32) as u32, cd as u32, (cd >> 32) as u32],
-            is_over,
-        });
+        let words = from.words()?;
+        let (buckets, rest) = words.as_chunks::<PAIRS>().0.as_chunks();
+        let buckets =
+            buckets.iter().map(|&[lefts, rights, ranks, products]| Bucket { lefts, rights, ranks, products });
         let made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new(), first: 0 };
-        let is_free = |bucket: &Bucket| bucket.is_over == 0 && bucket.slots == FREE.slots;
-        let is_table = made.buckets.last().is_some_and(is_free)
+        let is_table = made.buckets.last() == Some(&FREE)
             && made.size().is_power_of_two()
-            && made.buckets[..made.size()].iter().any(|bucket| bucket.is_over == 0);
-        let is_sound = is_table && rest.is_empty() && made.filter.len() == (1 << FILTER_BITS) / 64;
+            && made.buckets[..made.size()].iter().any(|bucket| !bucket.is_over())
+            && made.each().all(|merge| merge.rank < MOST_RANKS);
+        let is_sound = is_table
+            && rest.is_empty()
+            && words.len().is_multiple_of(PAIRS)
+            && made.filter.len() == (1 << FILTER_BITS) / 64;
         is_sound.then(|| made.with_few())
     }
 }
@@ -454,7 +494,7 @@ impl<const N: usize> Default for List<N> {
 }
 
 /// Keys compared side by side.
-const LANES: usize = 16;
+const BLOCK: usize = 64;
 
 /// A merge of which what the new symbol and its neighbours merge to is still to be found.
 #[derive(Clone, Copy)]
@@ -466,6 +506,14 @@ struct Begun {
     places: [usize; 2],
 }
 
+/// The least key of a block, in steps that a compiler makes vectors of.
+#[inline(always)]
+fn least_of(block: &[u32; BLOCK]) -> u32 {
+    let half: [u32; BLOCK / 2] = std::array::from_fn(|i| block[i].min(block[i + BLOCK / 2]));
+    let quarter: [u32; BLOCK / 4] = std::array::from_fn(|i| half[i].min(half[i + BLOCK / 4]));
+    quarter.into_iter().fold(NONE, u32::min)
+}
+
 impl<const N: usize> List<N> {
     /// Symbols, at most.
     const MOST: usize = N - 2;
@@ -475,7 +523,7 @@ impl<const N: usize> List<N> {
     /// Takes new symbols, of which no neighbours are merged yet.
     #[inline(always)]
     fn start(&mut self, merges: &Merges, symbols: &[u32]) {
-        const { assert!(N.is_power_of_two() && N.is_multiple_of(LANES) && N <= 1 << POSITION_BITS) };
+        const { assert!(N.is_power_of_two() && N >= BLOCK && N <= 1 << POSITION_BITS) };
         self.len = symbols.len().min(Self::MOST);
         // All at once, so that they load beside each other.
         for pair in symbols.windows(2).filter(|pair| merges.of_few(pair[0], pair[1]).is_none()) {
@@ -484,10 +532,11 @@ impl<const N: usize> List<N> {
         self.ids[1..=self.len].copy_from_slice(&symbols[..self.len]);
         let end = self.len + 1;
         self.ids[end] = NO_ID;
-        self.keys[self.len..(end + 1).next_multiple_of(LANES)].fill(NONE);
-        for i in 0..=end {
-            self.before[i] = (i as u16).wrapping_sub(1);
-            self.after[i] = i as u16 + 1;
+        let used = (end + 1).next_multiple_of(BLOCK);
+        self.keys[self.len..used].fill(NONE);
+        let links = self.before[..used].iter_mut().zip(&mut self.after[..used]);
+        for (i, (before, after)) in (0u16..).zip(links) {
+            (*before, *after) = (i.wrapping_sub(1), i + 1);
         }
     }
 
@@ -514,13 +563,11 @@ impl<const N: usize> List<N> {
 
     #[inline(always)]
     fn least(&self) -> u32 {
-        let mut lanes = [NONE; LANES];
-        for block in self.keys[..(self.len + 2).next_multiple_of(LANES)].as_chunks::<LANES>().0 {
-            for (lane, &key) in lanes.iter_mut().zip(block) {
-                *lane = (*lane).min(key);
-            }
+        let mut least = NONE;
+        for block in self.keys[..(self.len + 1).next_multiple_of(BLOCK)].as_chunks::<BLOCK>().0 {
+            least = least.min(least_of(block));
         }
-        lanes.into_iter().fold(NONE, u32::min)
+        least
     }
 
     /// Makes the pair of this key one symbol.
@@ -870,6 +917,28 @@ mod tests {
             let mut tokens = Tokens::default();
             merges.merge_heap(&symbols, 0, &mut tokens);
             prop_assert_eq!(&tokens.ids, &expected);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+        /// After text whose windows agree, so that its tokens are done with, a run of which tokens are so long that
+        /// they depend on more than is kept.
+        #[test]
+        fn long_tokens_after_short_ones_are_the_definition(
+            (levels, kinds) in (6..9u32, 2..5u32),
+            picks in prop::collection::vec(any::<(u32, u32)>(), 0..20),
+            noise in prop::collection::vec(any::<u32>(), 250..400),
+            (run, rest) in (400..1000usize, 0..100usize),
+            backwards in any::<bool>(),
+        ) {
+            let doubled: Vec<_> = (0..levels).map(|i| if i == 0 { (0, 0) } else { (kinds + i - 1, kinds + i - 1) }).collect();
+            let merges = table(&[doubled, picks].concat(), kinds, backwards, 1);
+            let noise: Vec<_> = noise.into_iter().map(|pick| 1 + pick % (kinds - 1)).collect();
+            let symbols = [&noise[..], &vec![0; run], &noise[..rest]].concat();
+            let mut out = vec![7];
+            merges.merge(&symbols, &mut Long::default(), &mut out);
+            prop_assert_eq!(&out[1..], &naive(&merges, &symbols));
         }
     }
 }
