@@ -134,7 +134,15 @@ pub fn hash(piece: &[u8]) -> u64 {
         vocab::fold(a, b) ^ a ^ b
     };
     let (blocks, rest) = piece.as_chunks();
-    let state = blocks.iter().fold(piece.len() as u64 ^ MIX[0], mix);
+    let (fours, blocks) = blocks.as_chunks::<4>();
+    let mut state = piece.len() as u64 ^ MIX[0];
+    if !fours.is_empty() {
+        // Side by side, as each waits for the multiplication before.
+        let lanes: [u64; 4] = std::array::from_fn(|i| state ^ i as u64);
+        let lanes = fours.iter().fold(lanes, |lanes, four| std::array::from_fn(|i| mix(lanes[i], &four[i])));
+        state = lanes.into_iter().fold(0, |state, lane| vocab::fold(state ^ lane, MIX[1]) ^ lane);
+    }
+    let state = blocks.iter().fold(state, mix);
     if rest.is_empty() { state } else { mix(state, last) }
 }
 

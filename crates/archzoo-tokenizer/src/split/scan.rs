@@ -24,6 +24,13 @@ pub fn letters(table: &Table, text: &[u8], mut at: usize, bits: u8) -> usize {
 /// End of the run of non-ASCII characters with one of `bits`.
 #[inline(always)]
 fn wide_letters(table: &Table, text: &[u8], mut at: usize, bits: u8) -> usize {
+    // Most are of three bytes, and that being known, the next one need not wait for this one.
+    while let Some(three @ [0xe0..0xf0, ..]) = text[at..].first_chunk::<3>() {
+        if table[decode(three, 0).0] & bits == 0 {
+            return at;
+        }
+        at += 3;
+    }
     while text.get(at).is_some_and(|&lead| lead >= 0x80) {
         let (c, length) = decode(text, at);
         if table[c] & bits == 0 {
@@ -52,11 +59,12 @@ pub fn class_run(table: &Table, text: &[u8], mut at: usize, is_in: impl Fn(u8) -
 fn ascii_letters(text: &[u8], at: usize) -> usize {
     let mut count = 0;
     while let Some(block) = text[at + count..].first_chunk::<16>() {
-        let letters = letter_mask(block).trailing_ones() as usize;
-        count += letters;
-        if letters < 16 {
-            return count;
+        let letters = letter_mask(block);
+        if letters != u16::MAX {
+            return count + letters.trailing_ones() as usize;
         }
+        // By a number that is known, so that the next block need not wait for this one.
+        count += 16;
     }
     count + text[at + count..].iter().take_while(|b| b.is_ascii_alphabetic()).count()
 }
