@@ -48,6 +48,8 @@ pub struct Bpe {
     borders: Option<Borders>,
     /// What is merged.
     symbols: Symbols,
+    /// Whether each byte has a token.
+    has_all_bytes: bool,
     /// A piece that is a token is that token, whatever its merges give.
     pub ignore_merges: bool,
     unknown: Option<u32>,
@@ -76,6 +78,7 @@ impl Bpe {
         Ok(Self {
             chars: chars(&symbols, &table, &vocab),
             borders: reached.is_some().then(|| Borders::new(&vocab)),
+            has_all_bytes: has_all_bytes(&symbols),
             vocab,
             merges: table,
             reached,
@@ -139,7 +142,7 @@ impl Bpe {
         let ends = places.iter().copied().chain([piece.len()]);
         !places.is_empty()
             // What is left without a byte, or stands for it, has other neighbours.
-            && piece.iter().all(|&byte| ids[usize::from(byte)] != MISSING)
+            && (self.has_all_bytes || piece.iter().all(|&byte| ids[usize::from(byte)] != MISSING))
             && ends.map(|end| &piece[std::mem::replace(&mut start, end)..end]).all(|part| {
                 // A token that its merges do not give stands for a whole piece only.
                 part.len() <= LONGEST && !self.may_be_other(part)
@@ -254,6 +257,10 @@ fn chars(symbols: &Symbols, merges: &Merges, vocab: &Vocab) -> Option<Chars> {
     }
 }
 
+fn has_all_bytes(symbols: &Symbols) -> bool {
+    matches!(symbols, Symbols::Bytes(bytes) if !bytes.contains(&MISSING))
+}
+
 /// Bytes of a run from which on its longest tokens are found faster than they are merged.
 const LONG_RUN: usize = 65;
 
@@ -303,7 +310,19 @@ impl Table for Bpe {
         let unknown = (unknown != MISSING).then_some(unknown);
         let chars = chars(&symbols, &merges, &vocab);
         let borders = reached.is_some().then(|| Borders::new(&vocab));
-        Some(Self { vocab, merges, reached, chars, borders, symbols, ignore_merges, unknown, fuse_unknown })
+        let has_all_bytes = has_all_bytes(&symbols);
+        Some(Self {
+            vocab,
+            merges,
+            reached,
+            chars,
+            borders,
+            symbols,
+            has_all_bytes,
+            ignore_merges,
+            unknown,
+            fuse_unknown,
+        })
     }
 }
 

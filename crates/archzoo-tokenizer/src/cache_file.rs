@@ -9,7 +9,7 @@ use crate::bpe::Bpe;
 use crate::error::{Error, Result};
 
 /// The last byte is the version of the layout.
-const MAGIC: [u8; 16] = *b"archzoo bpe \0\0\0\x07";
+const MAGIC: [u8; 16] = *b"archzoo bpe \0\0\0\x08";
 const HASH: usize = blake3::OUT_LEN;
 
 /// A table that is written to a file and read back.

@@ -246,14 +246,23 @@ pub fn fold(a: u64, b: u64) -> u64 {
 #[inline]
 pub fn hash(bytes: &[u8]) -> u64 {
     let mut state = bytes.len() as u64 ^ MIX[2];
-    let mut rest = bytes;
-    while let Some((block, tail)) = rest.split_first_chunk::<8>() {
-        state = fold(state ^ u64::from_le_bytes(*block) ^ MIX[0], MIX[1]);
-        rest = tail;
-    }
-    let mut block = [0; 8];
-    block[..rest.len()].copy_from_slice(rest);
-    fold(state ^ u64::from_le_bytes(block), MIX[0])
+    // The last word begins before the others end, or with fewer bytes is all that there is.
+    let last = if let Some(&last) = bytes.last_chunk::<8>() {
+        let mut rest = bytes;
+        while let Some((&block, tail)) = rest.split_first_chunk::<8>()
+            && !tail.is_empty()
+        {
+            state = fold(state ^ u64::from_le_bytes(block) ^ MIX[0], MIX[1]);
+            rest = tail;
+        }
+        u64::from_le_bytes(last)
+    } else if let (Some(&first), Some(&last)) = (bytes.first_chunk::<4>(), bytes.last_chunk::<4>()) {
+        u64::from(u32::from_le_bytes(first)) | u64::from(u32::from_le_bytes(last)) << 32
+    } else {
+        let at = |i: usize| u64::from(bytes.get(i).copied().unwrap_or(0));
+        at(0) | at(1) << 8 | at(2) << 16
+    };
+    fold(state ^ last, MIX[0])
 }
 
 #[cfg(test)]
