@@ -21,10 +21,11 @@ const RANK_BITS: u32 = 21;
 const EMPTY: u32 = u32::MAX;
 /// Symbols of a window of a long piece, but for those that are wider because others do not agree.
 const WINDOW: usize = SHORT;
-/// Symbols from the start of one window to that of the next.
-const STRIDE: usize = WINDOW - 16;
-/// Windows that are merged before they are joined.
-const WINDOWS: usize = if cfg!(test) { 4 } else { 64 };
+/// Symbols from the start of one stretch of a long piece to that of the next, which begins before this one ends.
+const STRETCH: usize = if cfg!(test) { 100 } else { 200 };
+const OVERLAP: usize = 16;
+/// Stretches that are merged before they are joined.
+const STRETCHES: usize = if cfg!(test) { 2 } else { 64 };
 /// Symbols before the end of the last window whose tokens are kept to join the next one.
 const KEPT: usize = if cfg!(test) { WINDOW } else { 512 };
 const POSITION_BITS: u32 = 11;
@@ -241,28 +242,34 @@ impl Merges {
 
     /// Appends to `out` what `symbols` merge to: windows of a long piece, joined where they agree.
     pub fn merge(&self, symbols: &[u32], long: &mut Long, out: &mut Vec<u32>) {
-        let Long { list, lists, windows } = long;
+        let Long { list, lists, stretches, window } = long;
         let (mut joined, mut next) = (Tokens::default(), Tokens::default());
-        let count = 1 + symbols.len().saturating_sub(WINDOW).div_ceil(STRIDE);
+        let stride = (symbols.len() / BESIDE).clamp(WINDOW - OVERLAP, STRETCH);
+        let count = 1 + symbols.len().saturating_sub(stride + OVERLAP).div_ceil(stride);
         let (mut size, mut failed, before) = (WINDOW, 0, out.len());
-        for first in (0..count).step_by(WINDOWS) {
+        for first in (0..count).step_by(STRETCHES) {
             // Where tokens are long, windows that start anywhere have too few in common.
-            if failed > WINDOWS / 4 {
+            if failed > STRETCHES / 4 {
                 break;
             }
-            let last = count.min(first + WINDOWS);
-            self.merge_each(lists, &mut Windows { symbols, first, next: first, last, windows });
+            let these = first..count.min(first + STRETCHES);
+            stretches.resize_with(stretches.len().max(these.len()), Stretch::default);
+            let stretches = &mut stretches[..these.len()];
+            for (i, stretch) in these.zip(&mut *stretches) {
+                stretch.begin(i * stride, symbols.len().min((i + 1) * stride + OVERLAP));
+            }
+            self.merge_each(
+                lists,
+                &mut Stretches { symbols, stretches: &mut *stretches, next: 0, taken: None, window },
+            );
             failed = 0;
-            for window in &mut windows[..last - first] {
-                let Some(&start) = window.starts.first() else { continue };
-                let first = joined.starts.partition_point(|&at| at < start);
-                if start == 0 {
-                    std::mem::swap(&mut joined, window);
-                } else if window.end > joined.end && !joined.join(first, window) {
-                    failed += 1;
-                    while joined.end < window.end {
-                        self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
-                    }
+            for Stretch { tokens, goal, .. } in stretches {
+                failed += usize::from(tokens.end < *goal);
+                if tokens.starts.first() == Some(&0) {
+                    std::mem::swap(&mut joined, tokens);
+                }
+                while tokens.end > joined.end && !joined.join(joined.first_from(tokens), tokens) {
+                    self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
                 }
             }
             // As long as no window had to be wider, none begins further back.
@@ -291,9 +298,7 @@ impl Merges {
         joined: &mut Tokens,
         next: &mut Tokens,
     ) {
-        let reach = joined.end.saturating_sub(*size / 8);
-        let first = joined.starts.partition_point(|&start| start as usize <= reach).saturating_sub(1);
-        let first = first.min(joined.starts.len().saturating_sub(3));
+        let first = joined.border(*size);
         // What is before the first token here may matter.
         let start = if first == 0 { 0 } else { joined.starts[first] as usize };
         self.merge_from(symbols, start, *size, list, next);
@@ -317,8 +322,7 @@ impl Merges {
         tokens: &mut Tokens,
     ) {
         let end = symbols.len().min(start + size);
-        tokens.ids.clear();
-        tokens.starts.clear();
+        tokens.clear();
         tokens.end = end;
         let symbols = &symbols[start..end];
         if symbols.len() <= MOST_LINEAR {
@@ -419,6 +423,25 @@ struct Tokens {
 }
 
 impl Tokens {
+    fn clear(&mut self) {
+        self.ids.clear();
+        self.starts.clear();
+        self.end = 0;
+    }
+
+    /// The token that the next window of `size` starts on: some symbols and some tokens before the end, as these may
+    /// merge with what follows.
+    fn border(&self, size: usize) -> usize {
+        let reach = self.end.saturating_sub(size / 8);
+        let first = self.starts.iter().rposition(|&start| start as usize <= reach).unwrap_or(0);
+        first.min(self.starts.len().saturating_sub(3))
+    }
+
+    /// The first token that starts where others do, or behind.
+    fn first_from(&self, others: &Tokens) -> usize {
+        self.starts.partition_point(|start| others.starts.first().is_some_and(|first| start < first))
+    }
+
     /// Appends tokens and where they start, counted from `offset`.
     #[inline(always)]
     fn extend(&mut self, tokens: impl Iterator<Item = (u32, usize)>, offset: usize) {
@@ -620,41 +643,76 @@ impl<const N: usize> List<N> {
 pub struct Long {
     list: LongList,
     lists: Lists,
-    windows: Vec<Tokens>,
+    stretches: Vec<Stretch>,
+    window: Tokens,
 }
 
-/// Windows of a long piece on their way through [`Merges::merge_each`].
-struct Windows<'a> {
-    symbols: &'a [u32],
-    /// Number of the first that is kept, of the next, and behind the last.
-    first: usize,
-    next: usize,
-    last: usize,
-    windows: &'a mut Vec<Tokens>,
+/// A part of a long piece, merged window by window, up to one that does not agree with the windows before.
+#[derive(Default)]
+struct Stretch {
+    tokens: Tokens,
+    /// Where it should end.
+    goal: usize,
+    /// Where the window that is merged starts, and the size that tells how far before the end that is.
+    start: usize,
+    size: usize,
 }
 
-impl Pieces for Windows<'_> {
-    fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize> {
-        if self.next == self.last {
-            return None;
-        }
-        let start = self.next * STRIDE;
-        symbols.clear();
-        symbols.extend_from_slice(&self.symbols[start..self.symbols.len().min(start + WINDOW)]);
-        self.next += 1;
-        Some(self.next - 1)
+/// The size of a window that is tried last in a stretch.
+const MOST_TRIED: usize = 4 * WINDOW;
+
+impl Stretch {
+    fn begin(&mut self, start: usize, goal: usize) {
+        self.tokens.clear();
+        (self.start, self.goal, self.size) = (start, goal, WINDOW);
     }
 
-    fn take(&mut self, piece: usize, tokens: impl Iterator<Item = (u32, usize)>) {
-        let (start, i) = (piece * STRIDE, piece - self.first);
-        if self.windows.len() <= i {
-            self.windows.resize_with(i + 1, Tokens::default);
+    /// The end of the window that is merged.
+    fn end(&self) -> usize {
+        self.goal.min(self.start + WINDOW)
+    }
+}
+
+/// Stretches on their way through [`Merges::merge_each`].
+struct Stretches<'a> {
+    symbols: &'a [u32],
+    stretches: &'a mut [Stretch],
+    /// The next to begin.
+    next: usize,
+    /// That of which a window was just taken, if it goes on.
+    taken: Option<usize>,
+    window: &'a mut Tokens,
+}
+
+impl Pieces for Stretches<'_> {
+    fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize> {
+        let i = self.taken.take().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        });
+        let stretch = self.stretches.get(i)?;
+        symbols.clear();
+        symbols.extend_from_slice(&self.symbols[stretch.start..stretch.end()]);
+        Some(i)
+    }
+
+    fn take(&mut self, i: usize, tokens: impl Iterator<Item = (u32, usize)>) {
+        let stretch = &mut self.stretches[i];
+        self.window.clear();
+        self.window.extend(tokens, stretch.start);
+        self.window.end = stretch.end();
+        let all = &mut stretch.tokens;
+        if all.ids.is_empty() {
+            std::mem::swap(all, self.window);
+        } else if self.window.end > all.end && all.join(all.border(stretch.size), self.window) {
+            stretch.size = WINDOW;
+        } else {
+            stretch.size *= 2;
         }
-        let window = &mut self.windows[i];
-        window.ids.clear();
-        window.starts.clear();
-        window.extend(tokens, start);
-        window.end = self.symbols.len().min(start + WINDOW);
+        if all.end < stretch.goal && stretch.size <= MOST_TRIED {
+            stretch.start = all.starts[all.border(stretch.size)] as usize;
+            self.taken = Some(i);
+        }
     }
 }
 
