@@ -265,7 +265,7 @@ impl Merges {
             failed = 0;
             for Stretch { tokens, goal, .. } in stretches {
                 failed += usize::from(tokens.end < *goal);
-                if tokens.starts.first() == Some(&0) {
+                if tokens.has_start() {
                     std::mem::swap(&mut joined, tokens);
                 }
                 while tokens.end > joined.end && !joined.join(joined.first_from(tokens), tokens) {
@@ -274,18 +274,17 @@ impl Merges {
             }
             // As long as no window had to be wider, none begins further back.
             if size == WINDOW {
-                let done = joined.starts.partition_point(|&start| start as usize + KEPT < joined.end);
-                out.extend(joined.ids.drain(..done));
-                joined.starts.drain(..done);
+                let done = joined.list.partition_point(|&(_, start)| start as usize + KEPT < joined.end);
+                out.extend(joined.list.drain(..done).map(|(id, _)| id));
             }
         }
         while joined.end < symbols.len() {
             self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
         }
-        if joined.starts.first() == Some(&0) {
+        if joined.has_start() {
             out.truncate(before);
         }
-        out.extend_from_slice(&joined.ids);
+        out.extend(joined.list.iter().map(|&(id, _)| id));
     }
 
     /// Joins one more window, which starts on a border of the last one, some symbols and some tokens before its end; or
@@ -300,7 +299,7 @@ impl Merges {
     ) {
         let first = joined.border(*size);
         // What is before the first token here may matter.
-        let start = if first == 0 { 0 } else { joined.starts[first] as usize };
+        let start = if first == 0 { 0 } else { joined.list[first].1 as usize };
         self.merge_from(symbols, start, *size, list, next);
         if next.end > joined.end && (start == 0 || joined.join(first, next)) {
             if start == 0 {
@@ -379,8 +378,7 @@ impl Merges {
         }
         for (i, &id) in ids.iter().enumerate() {
             if id != DEAD {
-                tokens.ids.push(id);
-                tokens.starts.push(i as u32 + offset);
+                tokens.list.push((id, i as u32 + offset));
             }
         }
     }
@@ -414,56 +412,55 @@ impl Table for Merges {
     }
 }
 
-/// Tokens, the symbols that they start on, and the end of the last.
+/// Tokens, each with the symbol that it starts on, and the end of the last.
 #[derive(Default)]
 struct Tokens {
-    ids: Vec<u32>,
-    starts: Vec<u32>,
+    list: Vec<(u32, u32)>,
     end: usize,
 }
 
 impl Tokens {
     fn clear(&mut self) {
-        self.ids.clear();
-        self.starts.clear();
+        self.list.clear();
         self.end = 0;
+    }
+
+    /// Whether the first symbol of a piece is there.
+    fn has_start(&self) -> bool {
+        self.list.first().is_some_and(|&(_, start)| start == 0)
     }
 
     /// The token that the next window of `size` starts on: some symbols and some tokens before the end, as these may
     /// merge with what follows.
     fn border(&self, size: usize) -> usize {
         let reach = self.end.saturating_sub(size / 8);
-        let first = self.starts.iter().rposition(|&start| start as usize <= reach).unwrap_or(0);
-        first.min(self.starts.len().saturating_sub(3))
+        let first = self.list.iter().rposition(|&(_, start)| start as usize <= reach).unwrap_or(0);
+        first.min(self.list.len().saturating_sub(3))
     }
 
     /// The first token that starts where others do, or behind.
     fn first_from(&self, others: &Tokens) -> usize {
-        self.starts.partition_point(|start| others.starts.first().is_some_and(|first| start < first))
+        let begin = others.list.first().map_or(0, |&(_, start)| start);
+        self.list.partition_point(|&(_, start)| start < begin)
     }
 
     /// Appends tokens and where they start, counted from `offset`.
     #[inline(always)]
     fn extend(&mut self, tokens: impl Iterator<Item = (u32, usize)>, offset: usize) {
-        for (id, at) in tokens {
-            self.ids.push(id);
-            self.starts.push((offset + at) as u32);
-        }
+        self.list.extend(tokens.map(|(id, at)| (id, (offset + at) as u32)));
     }
 
     /// Replaces what follows two tokens that both have side by side, from `first` on. False if there are none.
     fn join(&mut self, first: usize, next: &Tokens) -> bool {
         let (mut i, mut j) = (first, 0);
-        while i + 1 < self.ids.len() && j + 1 < next.ids.len() {
-            match self.starts[i].cmp(&next.starts[j]) {
+        while i + 1 < self.list.len() && j + 1 < next.list.len() {
+            match self.list[i].1.cmp(&next.list[j].1) {
                 std::cmp::Ordering::Less => i += 1,
                 std::cmp::Ordering::Greater => j += 1,
                 std::cmp::Ordering::Equal => {
                     if self.bounds(i) == next.bounds(j) && self.bounds(i + 1) == next.bounds(j + 1) {
-                        self.ids.truncate(i);
-                        self.starts.truncate(i);
-                        self.ids.extend_from_slice(&next.ids[j..]);
-                        self.starts.extend_from_slice(&next.starts[j..]);
+                        self.list.truncate(i);
+                        self.list.extend_from_slice(&next.list[j..]);
                         self.end = next.end;
                         return true;
                     }
@@ -477,7 +474,8 @@ impl Tokens {
 
     /// Id, start and end of a token.
     fn bounds(&self, i: usize) -> (u32, u32, u32) {
-        (self.ids[i], self.starts[i], self.starts.get(i + 1).map_or(self.end as u32, |&end| end))
+        let (id, start) = self.list[i];
+        (id, start, self.list.get(i + 1).map_or(self.end as u32, |&(_, end)| end))
     }
 }
 
@@ -702,7 +700,7 @@ impl Pieces for Stretches<'_> {
         self.window.extend(tokens, stretch.start);
         self.window.end = stretch.end();
         let all = &mut stretch.tokens;
-        if all.ids.is_empty() {
+        if all.list.is_empty() {
             std::mem::swap(all, self.window);
         } else if self.window.end > all.end && all.join(all.border(stretch.size), self.window) {
             stretch.size = WINDOW;
@@ -710,7 +708,7 @@ impl Pieces for Stretches<'_> {
             stretch.size *= 2;
         }
         if all.end < stretch.goal && stretch.size <= MOST_TRIED {
-            stretch.start = all.starts[all.border(stretch.size)] as usize;
+            stretch.start = all.list[all.border(stretch.size)].1 as usize;
             self.taken = Some(i);
         }
     }
@@ -974,7 +972,7 @@ mod tests {
             prop_assert_eq!(&out, &expected);
             let mut tokens = Tokens::default();
             merges.merge_heap(&symbols, 0, &mut tokens);
-            prop_assert_eq!(&tokens.ids, &expected);
+            prop_assert_eq!(tokens.list.iter().map(|&(id, _)| id).collect::<Vec<_>>(), expected);
         }
     }
 
