@@ -152,19 +152,26 @@ impl Merges {
         self.first = self.each().map(|merge| merge.left.min(merge.right)).min().unwrap_or(0);
         let mut few = vec![[NONE; 2]; FEW * FEW];
         for Merge { left, right, rank, product } in self.each() {
-            if let Some(i) = self.of_few(left, right) {
-                few[i] = [rank, product];
+            let [left, right] = [left, right].map(|id| self.nth_few(id));
+            if left.max(right) < FEW {
+                few[left * FEW + right] = [rank, product];
             }
         }
         self.few = few;
         self
     }
 
-    /// Where a pair is among those of few ids.
+    /// The number of an id among the few, or a larger one.
     #[inline(always)]
-    fn of_few(&self, left: u32, right: u32) -> Option<usize> {
-        let [left, right] = [left, right].map(|id| id.wrapping_sub(self.first) as usize);
-        (left.max(right) < FEW).then(|| left * FEW + right)
+    fn nth_few(&self, id: u32) -> usize {
+        id.wrapping_sub(self.first) as usize
+    }
+
+    /// The same as [`Self::get`] for a pair of the few.
+    #[inline(always)]
+    fn get_few(&self, left: u32, right: u32) -> (u32, u32) {
+        let i = self.nth_few(left) * FEW + self.nth_few(right);
+        self.few.get(i).copied().unwrap_or([NONE; 2]).into()
     }
 
     /// Number of buckets that pairs have.
@@ -490,6 +497,8 @@ pub struct List<const N: usize> {
     before: [u16; N],
     after: [u16; N],
     len: usize,
+    /// Whether all pairs of the symbols that it starts with are in the table of few ids.
+    all_few: bool,
 }
 
 /// A list for a window of a long piece.
@@ -510,6 +519,7 @@ impl<const N: usize> Default for List<N> {
             before: std::array::from_fn(|i| (i as u16).wrapping_sub(1)),
             after: std::array::from_fn(|i| i as u16 + 1),
             len: 0,
+            all_few: false,
         }
     }
 }
@@ -547,8 +557,9 @@ impl<const N: usize> List<N> {
         const { assert!(N.is_power_of_two() && N >= BLOCK && N <= 1 << POSITION_BITS) };
         self.len = symbols.len().min(Self::MOST);
         // All at once, so that they load beside each other.
-        for pair in symbols.windows(2).filter(|pair| merges.of_few(pair[0], pair[1]).is_none()) {
-            merges.seek(pair[0], pair[1]);
+        self.all_few = symbols.iter().fold(0, |most, &id| merges.nth_few(id).max(most)) < FEW;
+        if !self.all_few {
+            symbols.windows(2).for_each(|pair| _ = merges.seek(pair[0], pair[1]));
         }
         self.ids[1..=self.len].copy_from_slice(&symbols[..self.len]);
         let end = self.len + 1;
@@ -566,10 +577,8 @@ impl<const N: usize> List<N> {
     fn look_up(&mut self, merges: &Merges) {
         for i in 1..self.len {
             let (left, right) = (self.ids[i], self.ids[i + 1]);
-            let (rank, product) = match merges.of_few(left, right) {
-                Some(i) => merges.few[i].into(),
-                None => merges.get(left, right),
-            };
+            let (rank, product) =
+                if self.all_few { merges.get_few(left, right) } else { merges.get(left, right) };
             self.keep(i, rank, product);
         }
     }
@@ -912,8 +921,8 @@ mod tests {
                     let (left, right) = (first + left * spread, first + right * spread);
                     let found = expected.get(&(left, right)).copied().unwrap_or((NONE, NONE));
                     prop_assert_eq!(merges.get(left, right), found);
-                    if let Some(i) = merges.of_few(left, right) {
-                        prop_assert_eq!(merges.few[i], <[u32; 2]>::from(found));
+                    if merges.nth_few(left).max(merges.nth_few(right)) < FEW {
+                        prop_assert_eq!(merges.get_few(left, right), found);
                     }
                 }
                 prop_assert_eq!(merges.get(NO_ID, first), (NONE, NONE));
