@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn every_byte_of_a_piece_counts() {
-        for length in [16, 17, 31, 32, 33, 48, 49] {
+        for length in [16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 80, 127, 128, 200] {
             let piece: Vec<u8> = (0..length).collect();
             assert!(is_same(&piece, &piece.clone()));
             for i in 0..usize::from(length) {

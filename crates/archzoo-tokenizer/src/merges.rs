@@ -17,11 +17,11 @@ use crate::vocab::{ID_BITS, NO_ID};
 /// No rank: the pair does not merge.
 pub const NONE: u32 = u32::MAX;
 const RANK_BITS: u32 = 21;
-/// Both ids where there is no pair.
-const EMPTY: u32 = u32::MAX;
+/// The ids where there is no pair: two, so that no id beside itself is taken for them.
+const EMPTY: [u32; 2] = [u32::MAX, u32::MAX - 1];
 /// Symbols of a window of a long piece, but for those that are wider because others do not agree.
 const WINDOW: usize = SHORT;
-/// Symbols from the start of one stretch of a long piece to that of the next, which begins before this one ends.
+/// Symbols from the start of one stretch of a long piece to that of the next, at most; that one begins before this ends.
 const STRETCH: usize = if cfg!(test) { 100 } else { 200 };
 const OVERLAP: usize = 16;
 /// Stretches that are merged before they are joined.
@@ -73,7 +73,7 @@ struct Bucket {
 /// Pairs of a bucket, at most.
 const PAIRS: usize = 4;
 const FREE: Bucket =
-    Bucket { lefts: [EMPTY; PAIRS], rights: [EMPTY; PAIRS], ranks: [0; PAIRS], products: [0; PAIRS] };
+    Bucket { lefts: [EMPTY[0]; PAIRS], rights: [EMPTY[1]; PAIRS], ranks: [0; PAIRS], products: [0; PAIRS] };
 /// Whether a pair that belongs to a bucket, or before, is behind it.
 const IS_OVER: u32 = 1 << 31;
 const MOST_RANKS: u32 = 1 << RANK_BITS;
@@ -133,7 +133,7 @@ impl Merges {
             let mut at = home(hash, size);
             let slot = loop {
                 let bucket = &mut made.buckets[at];
-                let found = bucket.find(merge.left, merge.right) | bucket.find(EMPTY, EMPTY);
+                let found = bucket.find(merge.left, merge.right) | bucket.find(EMPTY[0], EMPTY[1]);
                 if found != 0 {
                     break found.trailing_zeros() as usize;
                 }
@@ -234,7 +234,7 @@ impl Merges {
                 product: products[i],
             })
         });
-        merges.filter(|merge| merge.left != EMPTY)
+        merges.filter(|merge| [merge.left, merge.right] != EMPTY)
     }
 
     /// Whether all ids are below a number.
@@ -304,7 +304,7 @@ impl Merges {
         joined: &mut Tokens,
         next: &mut Tokens,
     ) {
-        let first = joined.border(*size);
+        let first = joined.border(*size / 8);
         // What is before the first token here may matter.
         let start = if first == 0 { 0 } else { joined.list[first].1 as usize };
         self.merge_from(symbols, start, *size, list, next);
@@ -410,7 +410,8 @@ impl Table for Merges {
         let is_table = made.buckets.last() == Some(&FREE)
             && made.size().is_power_of_two()
             && made.buckets[..made.size()].iter().any(|bucket| !bucket.is_over())
-            && made.each().all(|merge| merge.rank < MOST_RANKS);
+            && made.each().all(|merge| merge.rank < MOST_RANKS - 1)
+            && made.is_below(NO_ID as usize);
         let is_sound = is_table
             && rest.is_empty()
             && words.len().is_multiple_of(PAIRS)
@@ -437,11 +438,11 @@ impl Tokens {
         self.list.first().is_some_and(|&(_, start)| start == 0)
     }
 
-    /// The token that the next window of `size` starts on: some symbols and some tokens before the end, as these may
-    /// merge with what follows.
-    fn border(&self, size: usize) -> usize {
-        let reach = self.end.saturating_sub(size / 8);
-        let first = self.list.iter().rposition(|&(_, start)| start as usize <= reach).unwrap_or(0);
+    /// The token that the next window starts on: `back` symbols and some tokens before the end, as these may merge with
+    /// what follows.
+    fn border(&self, back: usize) -> usize {
+        let last = self.end.saturating_sub(back);
+        let first = self.list.iter().rposition(|&(_, start)| start as usize <= last).unwrap_or(0);
         first.min(self.list.len().saturating_sub(3))
     }
 
@@ -556,9 +557,9 @@ impl<const N: usize> List<N> {
     fn start(&mut self, merges: &Merges, symbols: &[u32]) {
         const { assert!(N.is_power_of_two() && N >= BLOCK && N <= 1 << POSITION_BITS) };
         self.len = symbols.len().min(Self::MOST);
-        // All at once, so that they load beside each other.
         self.all_few = symbols.iter().fold(0, |most, &id| merges.nth_few(id).max(most)) < FEW;
         if !self.all_few {
+            // All at once, so that they load beside each other.
             symbols.windows(2).for_each(|pair| _ = merges.seek(pair[0], pair[1]));
         }
         self.ids[1..=self.len].copy_from_slice(&symbols[..self.len]);
@@ -660,18 +661,20 @@ struct Stretch {
     tokens: Tokens,
     /// Where it should end.
     goal: usize,
-    /// Where the window that is merged starts, and the size that tells how far before the end that is.
+    /// Where the window that is merged starts.
     start: usize,
-    size: usize,
+    /// Symbols before the end that it starts, at least.
+    back: usize,
 }
 
-/// The size of a window that is tried last in a stretch.
-const MOST_TRIED: usize = 4 * WINDOW;
+/// Symbols before the end that the next window of a stretch starts, at least, and at most while two do not agree.
+const BACK: usize = WINDOW / 8;
+const MOST_BACK: usize = 4 * BACK;
 
 impl Stretch {
     fn begin(&mut self, start: usize, goal: usize) {
         self.tokens.clear();
-        (self.start, self.goal, self.size) = (start, goal, WINDOW);
+        (self.start, self.goal, self.back) = (start, goal, BACK);
     }
 
     /// The end of the window that is merged.
@@ -711,13 +714,13 @@ impl Pieces for Stretches<'_> {
         let all = &mut stretch.tokens;
         if all.list.is_empty() {
             std::mem::swap(all, self.window);
-        } else if self.window.end > all.end && all.join(all.border(stretch.size), self.window) {
-            stretch.size = WINDOW;
+        } else if self.window.end > all.end && all.join(all.border(stretch.back), self.window) {
+            stretch.back = BACK;
         } else {
-            stretch.size *= 2;
+            stretch.back *= 2;
         }
-        if all.end < stretch.goal && stretch.size <= MOST_TRIED {
-            stretch.start = all.list[all.border(stretch.size)].1 as usize;
+        if all.end < stretch.goal && stretch.back <= MOST_BACK {
+            stretch.start = all.list[all.border(stretch.back)].1 as usize;
             self.taken = Some(i);
         }
     }
@@ -925,6 +928,7 @@ mod tests {
                         prop_assert_eq!(merges.get_few(left, right), found);
                     }
                 }
+                prop_assert_eq!(merges.get(u32::MAX, u32::MAX), (NONE, NONE));
                 prop_assert_eq!(merges.get(NO_ID, first), (NONE, NONE));
                 prop_assert_eq!(merges.get(first, NO_ID), (NONE, NONE));
             }

@@ -2,7 +2,7 @@ use crate::cache::prefetch;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::error::{Error, Result};
 
-/// Largest number of ids: two of them and a rank share one word in the table of merges.
+/// Largest number of ids: some of a hash shares a word with one.
 pub const MOST_IDS: usize = (1 << ID_BITS) - 1;
 /// Bits of an id.
 pub const ID_BITS: u32 = 21;
