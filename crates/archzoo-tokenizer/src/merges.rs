@@ -43,6 +43,12 @@ pub struct Merge {
     pub product: u32,
 }
 
+impl Merge {
+    fn greatest(&self) -> u32 {
+        self.left.max(self.right).max(self.product)
+    }
+}
+
 /// Merges by pair.
 #[derive(Debug, Clone)]
 pub struct Merges {
@@ -126,7 +132,7 @@ impl Merges {
             if let Some(later) = merges.get(i + 16) {
                 prefetch(&made.buckets[home(hash(pair(later.left, later.right)), size)]);
             }
-            debug_assert!(merge.left.max(merge.right).max(merge.product) < NO_ID);
+            debug_assert!(merge.greatest() < NO_ID);
             let hash = hash(pair(merge.left, merge.right));
             let (word, bit) = filter_bit(hash);
             made.filter[word] |= 1 << bit;
@@ -151,12 +157,12 @@ impl Merges {
     fn with_few(mut self) -> Self {
         self.first = self.each().map(|merge| merge.left.min(merge.right)).min().unwrap_or(0);
         let mut few = vec![[NONE; 2]; FEW * FEW];
-        for Merge { left, right, rank, product } in self.each() {
+        self.each().for_each(|Merge { left, right, rank, product }| {
             let [left, right] = [left, right].map(|id| self.nth_few(id));
             if left.max(right) < FEW {
                 few[left * FEW + right] = [rank, product];
             }
-        }
+        });
         self.few = few;
         self
     }
@@ -237,9 +243,10 @@ impl Merges {
         merges.filter(|merge| [merge.left, merge.right] != EMPTY)
     }
 
-    /// Whether all ids are below a number.
+    /// Whether all ids are below a number: to be asked of a table that was read.
     pub fn is_below(&self, count: usize) -> bool {
-        self.each().all(|merge| (merge.left.max(merge.right).max(merge.product) as usize) < count)
+        // No iteration by `next` or `all`: over slots of buckets it is slow.
+        self.each().fold(true, |all, merge| all & ((merge.greatest() as usize) < count))
     }
 
     /// Merges the symbols of several pieces.
@@ -402,20 +409,19 @@ impl Table for Merges {
     }
 
     fn read(from: &mut Reader) -> Option<Self> {
-        let words = from.words()?;
-        let (buckets, rest) = words.as_chunks::<PAIRS>().0.as_chunks();
-        let buckets =
-            buckets.iter().map(|&[lefts, rights, ranks, products]| Bucket { lefts, rights, ranks, products });
+        let (buckets, rest) = from.bytes()?.as_chunks::<{ size_of::<Bucket>() }>();
+        let buckets = buckets.iter().map(|bucket| {
+            let word = |i: usize| u32::from_le_bytes(bucket.as_chunks().0[i]);
+            let [lefts, rights, ranks, products] =
+                std::array::from_fn(|row| std::array::from_fn(|i| word(PAIRS * row + i)));
+            Bucket { lefts, rights, ranks, products }
+        });
         let made = Self { buckets: buckets.collect(), filter: from.longs()?, few: Vec::new(), first: 0 };
         let is_table = made.buckets.last() == Some(&FREE)
             && made.size().is_power_of_two()
             && made.buckets[..made.size()].iter().any(|bucket| !bucket.is_over())
-            && made.each().all(|merge| merge.rank < MOST_RANKS - 1)
-            && made.is_below(NO_ID as usize);
-        let is_sound = is_table
-            && rest.is_empty()
-            && words.len().is_multiple_of(PAIRS)
-            && made.filter.len() == (1 << FILTER_BITS) / 64;
+            && made.each().fold(true, |all, merge| all & (merge.rank < MOST_RANKS - 1));
+        let is_sound = is_table && rest.is_empty() && made.filter.len() == (1 << FILTER_BITS) / 64;
         is_sound.then(|| made.with_few())
     }
 }
