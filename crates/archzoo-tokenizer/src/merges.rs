@@ -669,11 +669,11 @@ struct Stretch {
     goal: usize,
     /// Where the window that is merged starts.
     start: usize,
-    /// Symbols before the end that it starts, at least.
+    /// How many symbols before the end of the others it starts, at least.
     back: usize,
 }
 
-/// Symbols before the end that the next window of a stretch starts, at least, and at most while two do not agree.
+/// What it is at first, and after a window that agrees; else it is doubled, as far as this.
 const BACK: usize = WINDOW / 8;
 const MOST_BACK: usize = 4 * BACK;
 
@@ -751,8 +751,8 @@ multiversion! {
 
 /// Pieces to merge.
 pub trait Pieces {
-    /// Puts the symbols of the next piece, at most [`SHORT`], in place of others. None if there is no more, and then
-    /// always.
+    /// Puts the symbols of the next piece, at most [`SHORT`], in place of others. None if there is no more, unless one
+    /// that is taken later goes on.
     fn next(&mut self, symbols: &mut Vec<u32>) -> Option<usize>;
 
     /// Takes what the symbols of a piece merge to, and the symbols that each starts on.
