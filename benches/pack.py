@@ -43,9 +43,9 @@ class Free:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def encode_batch(self, texts: Any, add_special_tokens: bool = True, /) -> Ids:
+    def encode_documents(self, texts: Any, *_: Any) -> tuple[Any, Any]:
         n = len(texts)
-        return Ids(np.zeros(n * self.tokens, np.uint32), np.arange(n + 1) * self.tokens)
+        return np.zeros(n * self.tokens, np.uint16), np.arange(n + 1) * self.tokens
 
 
 def joined(texts: list[str], size: int) -> list[str]:

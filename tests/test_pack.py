@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,15 +38,12 @@ pack_module = importlib.import_module("archzoo.data.pack")
 EOS = 256
 
 
-@dataclass
-class Ids:
-    ids: npt.NDArray[np.uint32]
-    offsets: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, rows: list[Any]) -> Ids:
-        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        return cls(np.concatenate([np.asarray(row, np.uint32) for row in rows]), offsets)
+def ragged(rows: list[Any], dtype: str, eos: int | None, ends: bool) -> tuple[npt.NDArray[Any], Any]:
+    """Rows as `encode_documents` gives them."""
+    if eos is not None:
+        rows = [[*row, eos] if ends or i + 1 < len(rows) else row for i, row in enumerate(rows)]
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.concatenate([np.asarray(row, dtype) for row in rows]), offsets
 
 
 class Bytes:
@@ -57,8 +53,8 @@ class Bytes:
     special_tokens = {"<|endoftext|>": EOS}  # noqa: RUF012
     hash = "bytes"
 
-    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
-        return Ids.of([np.frombuffer(text.encode(), np.uint8) for text in texts])
+    def encode_documents(self, texts: Iterable[str], *how: Any) -> tuple[npt.NDArray[Any], Any]:
+        return ragged([np.frombuffer(text.encode(), np.uint8) for text in texts], *how)
 
 
 class HuggingFace:
@@ -71,10 +67,9 @@ class HuggingFace:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.hash = hashlib.sha256(content.encode()).hexdigest()
 
-    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
-        return Ids.of(
-            [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        )
+    def encode_documents(self, texts: Iterable[str], *how: Any) -> tuple[npt.NDArray[Any], Any]:
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return ragged([e.ids for e in encoded], *how)
 
 
 def words(count: int, seed: int = 0) -> list[str]:
@@ -157,7 +152,6 @@ def test_the_result_does_not_depend_on_batches(
     source = jsonl(tmp_path / "a.jsonl", words(300))
     write_pack([source], Bytes(), tmp_path / "want", shard_tokens=700)
     monkeypatch.setattr(documents, "BLOCK", size)
-    monkeypatch.setattr(pack_module, "BLOCK", size)
     write_pack([source], Bytes(), tmp_path / "have", shard_tokens=700)
     assert contents(tmp_path / "have") == contents(tmp_path / "want")
 
@@ -195,6 +189,23 @@ def test_inputs_are_told_apart_by_xxh3(tmp_path: Path, size: int, digest: str) -
     path = tmp_path / "a"
     path.write_bytes((bytes(range(256)) * 2000)[:size])
     assert documents.file_xxh3(path) == digest
+
+
+def test_files_may_have_changed_in_size(tmp_path: Path) -> None:
+    contents = ["", "a", "é" * 100, "b" * 70_000]
+    paths = [tmp_path / f"{i}.txt" for i in range(4)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(content, encoding="utf-8")
+    for sizes in ((0, 0, 0, 0), (0, 1, 200, 70_000), (9, 1000, 199, 69_999), (100_000, 0, 201, 1)):
+        texts, hashes = _rust.file_texts([(p, size) for p, size in zip(paths, sizes, strict=True)])
+        assert list(texts) == contents
+        assert hashes == [documents.file_xxh3(path) for path in paths]
+
+
+def test_blocks_get_smaller_towards_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rust, "threads", lambda: 2)
+    megabytes = [documents.block_size(left << 20) / (1 << 20) for left in (100, 8, 4, 2, 1, 0)]
+    assert megabytes == [2, 2, 1, 0.5, 0.25, 0.25]
 
 
 def test_wide_ids_and_a_real_tokenizer(tmp_path: Path) -> None:
@@ -387,15 +398,14 @@ class Dies(Bytes):
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True, /) -> Ids:
+    def encode_documents(self, texts: Iterable[str], *how: Any) -> tuple[npt.NDArray[Any], Any]:
         if any(self.text in text for text in texts):
             raise KeyboardInterrupt
-        return super().encode_batch(texts)
+        return super().encode_documents(texts, *how)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "BLOCK", 100)
-    monkeypatch.setattr(pack_module, "BLOCK", 100)
     texts = words(500)
     for i in range(4):
         jsonl(tmp_path / f"{i}.jsonl", texts[i * 100 : i * 100 + 100])
@@ -413,8 +423,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_pack([tmp_path], Bytes(), out, shard_tokens=901)
 
     calls = []
+    encode = Bytes.encode_documents
     monkeypatch.setattr(
-        Bytes, "encode_batch", lambda self, t, _: calls.append(t) or Ids.of([list(x.encode()) for x in t])
+        Bytes, "encode_documents", lambda self, texts, *how: calls.append(texts) or encode(self, texts, *how)
     )
     write_pack([tmp_path], Bytes(), out, shard_tokens=900)
     assert sum(map(len, calls)) < 100  # not from the start
@@ -435,9 +446,9 @@ from archzoo.data import write_pack
 import importlib
 importlib.import_module("archzoo.data.documents").BLOCK = 2000
 class Slow(Bytes):
-    def encode_batch(self, texts, add_special_tokens=True):
+    def encode_documents(self, texts, *how):
         time.sleep(0.01)
-        return super().encode_batch(texts)
+        return super().encode_documents(texts, *how)
 write_pack([sys.argv[1]], Slow(), sys.argv[2], shard_tokens=5000)
 """
 

@@ -368,6 +368,30 @@ def test_batches(files: dict[str, Path]) -> None:
         assert ids[offsets[i] : offsets[i + 1]].tolist() == ours.encode(text).tolist()
 
 
+@pytest.mark.parametrize("texts", [["a"], ["", "word ", "é" * 30], ["", "word " * 250_000, "b"]])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_documents(texts: list[str], dtype: Any, files: dict[str, Path]) -> None:
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    rows = [ours.encode(text, add_special_tokens=False).tolist() for text in texts]
+    for eos, ends, tails in (
+        (None, True, [[] for _ in texts]),
+        (7, True, [[7] for _ in texts]),
+        (7, False, [*([7] for _ in texts[1:]), []]),
+    ):
+        ids, offsets = ours.encode_documents(texts, dtype, eos, ends)
+        assert (str(ids.dtype), str(offsets.dtype)) == (dtype, "int64")
+        parts = [row + tail for row, tail in zip(rows, tails, strict=True)]
+        assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == parts
+    assert [part.tolist() for part in ours.encode_documents([], dtype, 7)] == [[], [0]]
+
+
+def test_documents_have_ids_that_fit(files: dict[str, Path]) -> None:
+    ours = Tokenizer.from_file(files["llama-3 form"])
+    with pytest.raises(InputError, match="id 65536 is above 65535"):
+        ours.encode_documents(["a"], "uint16", 65536)
+    assert ours.encode_documents(["a"], "uint32", 65536)[0][-1] == 65536
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_share_a_long_text(name: str, files: dict[str, Path]) -> None:
     """Parts of several sections, and of a text whose blanks are in long runs."""

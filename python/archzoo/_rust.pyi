@@ -37,6 +37,7 @@ __all__ = [
     "json_texts",
     "latent_attention",
     "linear",
+    "list_files",
     "measure_dfloat11",
     "plan",
     "render_chat",
@@ -47,6 +48,7 @@ __all__ = [
     "ssd_step",
     "swiglu",
     "text_start",
+    "threads",
     "write_shards",
 ]
 __version__: str
@@ -80,16 +82,26 @@ def json_texts(block: bytes, rest: bytes, key: str) -> tuple[Texts, int, str | N
     The lines are those of `block`, the last of which goes on in `rest`.
     """
 
+def threads() -> int:
+    """How many threads the work of this process is shared by."""
+
 def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
     """The start of a text file, up to a line that does not start with white space; how many bytes that is.
 
     All of it if it is `whole`. ValueError if it is not UTF-8.
     """
 
-def file_texts(paths: Sequence[str | os.PathLike[str]]) -> tuple[Texts, list[str]]:
-    """The texts of whole files, and the xxh3-128 of each.
+def file_texts(files: Sequence[tuple[str | os.PathLike[str], int]]) -> tuple[Texts, list[str]]:
+    """The texts of whole files, told by their paths and about how many bytes they have; each one's xxh3-128.
 
     OSError or ValueError names the one that cannot be read or is not UTF-8.
+    """
+
+def list_files(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The files in a folder and those in it whose names end so, in the order of their paths.
+
+    Each with its bytes and the time of their last change in ns. Links lead to files, not to folders. OSError
+    names what cannot be read.
     """
 
 @final
@@ -242,6 +254,13 @@ class Tokenizer:
         self, texts: list[str] | Texts, add_special_tokens: bool, allowed_special: set[str] | None
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of all texts `[N]` and offsets `[n + 1]`."""
+    def encode_documents(
+        self, texts: list[str] | Texts, is_wide: bool, eos: int | None, ends: bool
+    ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids of documents `[N]` and offsets `[n + 1]`, made by this thread alone.
+
+        After each document comes `eos`; after the last one only if it `ends` here.
+        """
     def decode(self, ids: npt.NDArray[np.uint32], skip_special_tokens: bool) -> str:
         """Text of ids; what is not UTF-8 becomes replacement characters."""
     def decode_bytes(self, ids: npt.NDArray[np.uint32], skip_special_tokens: bool) -> bytes:

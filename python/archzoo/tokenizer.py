@@ -169,6 +169,28 @@ class Tokenizer:
         except _rust.TokenizerError as error:
             raise InputError(str(error)) from None
 
+    def encode_documents(
+        self,
+        texts: list[str] | _rust.Texts,
+        dtype: Literal["uint16", "uint32"],
+        eos: int | None = None,
+        ends: bool = True,
+    ) -> tuple[npt.NDArray[np.uint16] | Ids, npt.NDArray[np.int64]]:
+        """Ids [N] of documents one after the other for a token shard, and their offsets [n + 1].
+
+        The calling thread makes them alone, unless a document is long. Nothing goes around a text but `eos`.
+
+        Args:
+            texts: The documents, in which special tokens are found.
+            dtype: Of the ids, which have to fit.
+            eos: An id that comes after each document.
+            ends: Whether the last document ends here, and `eos` comes after it too.
+        """
+        try:
+            return self._native.encode_documents(texts, dtype == "uint32", eos, ends)
+        except _rust.TokenizerError as error:
+            raise InputError(str(error)) from None
+
     def count(
         self, text: str, add_special_tokens: bool = True, allowed_special: AllowedSpecial = "all"
     ) -> int:

@@ -8,6 +8,7 @@ mod eplb;
 mod gate;
 mod gguf;
 mod json_lines;
+mod listing;
 mod plan;
 mod pool;
 mod texts;
@@ -37,7 +38,11 @@ mod _rust {
     #[pymodule_export]
     use super::gguf::GgufReader;
     #[pymodule_export]
+    use super::listing::list_files;
+    #[pymodule_export]
     use super::plan::plan;
+    #[pymodule_export]
+    use super::pool::threads;
     #[pymodule_export]
     use super::texts::{Texts, Xxh3, file_texts, json_texts, text_start};
     #[pymodule_export]

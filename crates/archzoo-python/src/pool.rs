@@ -29,3 +29,9 @@ pub fn current() -> PyResult<Arc<ThreadPool>> {
     std::mem::forget(pool.replace((process, new.clone())));
     Ok(new)
 }
+
+/// How many threads the work of this process is shared by.
+#[pyfunction]
+pub fn threads() -> PyResult<usize> {
+    Ok(current()?.current_num_threads())
+}

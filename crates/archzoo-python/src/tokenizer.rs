@@ -38,6 +38,15 @@ enum Batch<'py> {
     List(Vec<Bound<'py, PyString>>),
 }
 
+impl Batch<'_> {
+    fn parts(&self) -> PyResult<Vec<&str>> {
+        match self {
+            Self::Texts(texts) => Ok(texts.get().parts().collect()),
+            Self::List(texts) => texts.iter().map(utf8).collect(),
+        }
+    }
+}
+
 #[pymethods]
 impl PyTokenizer {
     /// Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken or a tiktoken rank
@@ -162,13 +171,32 @@ impl PyTokenizer {
         add_special_tokens: bool,
         allowed_special: Option<BTreeSet<String>>,
     ) -> PyResult<Ragged<'py>> {
-        let texts: Vec<&str> = match &texts {
-            Batch::Texts(texts) => texts.get().parts().collect(),
-            Batch::List(texts) => texts.iter().map(utf8).collect::<PyResult<_>>()?,
-        };
+        let texts = texts.parts()?;
         let options = options(add_special_tokens, allowed_special.as_ref());
         let ragged = py.detach(|| pool::run(|| self.0.encode_batch(&texts, options)))?.map_err(to_python)?;
         Ok((PyArray1::from_vec(py, ragged.ids), PyArray1::from_vec(py, ragged.offsets)))
+    }
+
+    /// Ids of documents one after the other, uint16 or uint32, and their offsets, int64; made by this thread alone. After
+    /// each document comes `eos`; after the last one only if it `ends` here.
+    fn encode_documents<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Batch<'py>,
+        is_wide: bool,
+        eos: Option<u32>,
+        ends: bool,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<i64>>)> {
+        let texts = texts.parts()?;
+        let (ids, offsets) = if is_wide {
+            let (ids, offsets) = py.detach(|| documents(&self.0, &texts, eos, ends, u32::MAX, |id| id))?;
+            (PyArray1::from_vec(py, ids).into_any(), offsets)
+        } else {
+            let (ids, offsets) =
+                py.detach(|| documents(&self.0, &texts, eos, ends, u16::MAX.into(), |id| id as u16))?;
+            (PyArray1::from_vec(py, ids).into_any(), offsets)
+        };
+        Ok((ids, PyArray1::from_vec(py, offsets)))
     }
 
     /// Text of ids; what is not UTF-8 becomes replacement characters.
@@ -188,6 +216,34 @@ impl PyTokenizer {
         let bytes = py.detach(|| self.0.decode_bytes(ids, skip_special_tokens)).map_err(to_python)?;
         Ok(PyBytes::new(py, &bytes))
     }
+}
+
+/// The ids of documents in the type that `narrow` makes of those up to `highest`, and where each one's start.
+fn documents<T: Send>(
+    tokenizer: &Tokenizer,
+    texts: &[&str],
+    eos: Option<u32>,
+    ends: bool,
+    highest: u32,
+    narrow: impl Fn(u32) -> T + Sync,
+) -> PyResult<(Vec<T>, Vec<i64>)> {
+    let bytes: usize = texts.iter().map(|text| text.len()).sum();
+    let mut ids = Vec::with_capacity(bytes / 3);
+    let mut offsets = Vec::with_capacity(texts.len() + 1);
+    offsets.push(0);
+    let take = |found: &[u32]| {
+        let eos = eos.filter(|_| ends || offsets.len() < texts.len());
+        match found.iter().copied().chain(eos).max() {
+            Some(id) if id > highest => return Err(Error::new(format!("id {id} is above {highest}"))),
+            _ => ids.extend(found.iter().copied().chain(eos).map(&narrow)),
+        }
+        offsets.push(ids.len() as i64);
+        Ok(())
+    };
+    let encode = || tokenizer.encode_each(texts.iter().copied(), options(false, None), take);
+    let is_long = texts.iter().any(|text| text.len() >= 4 * LONG);
+    let encoded = if is_long { pool::run(encode)? } else { encode() };
+    encoded.map(|()| (ids, offsets)).map_err(to_python)
 }
 
 fn options(add_special_tokens: bool, allowed: Option<&BTreeSet<String>>) -> Options<'_> {

@@ -315,6 +315,24 @@ impl Tokenizer {
         Ok(Ragged { ids, offsets })
     }
 
+    /// Encodes texts one after the other on this thread; `take` gets each one's ids.
+    pub fn encode_each<'t>(
+        &self,
+        texts: impl IntoIterator<Item = &'t str>,
+        options: Options,
+        mut take: impl FnMut(&[u32]) -> Result<()>,
+    ) -> Result<()> {
+        self.with_scratch(0, 1, |scratch| {
+            let mut ids = Vec::new();
+            for text in texts {
+                ids.clear();
+                self.encode_with(text, options, scratch, &mut ids, None)?;
+                take(&ids)?;
+            }
+            Ok(())
+        })
+    }
+
     /// Does one of some works, which share a call's text in order; each thread begins with its share of them.
     fn with_scratch<R>(&self, i: usize, of: usize, work: impl FnOnce(&mut Scratch) -> R) -> R {
         let scratches = || self.scratches.lock().unwrap_or_else(PoisonError::into_inner);

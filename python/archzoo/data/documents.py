@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,6 +18,15 @@ TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = (*(a + b for a in TEXT + LINES for b in ("", ".gz", ".zst")), *PARQUET)
 BLOCK = 1 << 21
 """Bytes that are read at once: enough for all threads, small enough that several fit anywhere."""
+
+
+def _least_block() -> int:
+    return min(1 << 18, BLOCK)
+
+
+def block_size(left: int) -> int:
+    """Bytes to read at once where so many are left: fewer towards the end, so that all threads have work."""
+    return max(_least_block(), min(BLOCK, left // (2 * _rust.threads())))
 
 
 class Block(NamedTuple):
@@ -42,9 +51,9 @@ def input_files(inputs: Sequence[str | Path]) -> list[InputFile]:
         if path.is_dir():
             before = len(found)
             try:
-                found += _inside(str(path))
+                found += starmap(InputFile, _rust.list_files(path, SUFFIXES))
             except OSError as error:
-                raise InputError(f"{error.filename}: {error.strerror}") from None
+                raise InputError(str(error)) from None
             if len(found) == before:
                 raise InputError(f"{path}: no file that ends in one of {', '.join(SUFFIXES)}")
         elif not path.is_file():
@@ -52,25 +61,9 @@ def input_files(inputs: Sequence[str | Path]) -> list[InputFile]:
         elif not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
         else:
-            found.append(_input_file(str(path), path.stat()))
+            stat = path.stat()
+            found.append(InputFile(str(path), stat.st_size, stat.st_mtime_ns))
     return found
-
-
-def _inside(folder: str) -> Iterator[InputFile]:
-    # Of the ways to do this, those of Path and os.walk cost as much as reading a short text.
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _inside(entry.path)
-            elif entry.name.endswith(SUFFIXES) and (
-                # A link that leads to itself is no file; `is_file` fails.
-                os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
-            ):
-                yield _input_file(entry.path.removeprefix("./"), entry.stat())
-
-
-def _input_file(path: str, stat: os.stat_result) -> InputFile:
-    return InputFile(path, stat.st_size, stat.st_mtime_ns)
 
 
 class HashedFile(io.BufferedReader):
@@ -154,9 +147,9 @@ class Documents:
             held = held[size:]
 
     def _lines(self, file: IO[bytes]) -> Iterator[Block]:
-        number, size = 1, min(1 << 18, BLOCK)
+        number, size = 1, _least_block()  # the first ones are short, so that their encoding starts soon
         while block := file.read(size):
-            size = min(2 * size, BLOCK)  # the first ones are short, so that their encoding starts soon
+            size = min(2 * size, block_size(self.size - self.bytes_read))
             texts, count, fault = _rust.json_texts(block, file.readline(), self.text_key)
             number += count
             if len(texts):
@@ -183,10 +176,10 @@ class Documents:
             raise InputError(f"{self.path}: {error}") from None
 
 
-def small_texts(paths: Sequence[str]) -> tuple[Block, list[str]]:
+def small_texts(files: Sequence[InputFile]) -> tuple[Block, list[str]]:
     """Text files, small and not compressed: a document each; and the xxh3-128 of each file."""
     try:
-        texts, hashes = _rust.file_texts(paths)
+        texts, hashes = _rust.file_texts([(file.path, file.size) for file in files])
         return Block(texts), hashes
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from None

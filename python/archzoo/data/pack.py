@@ -21,21 +21,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from queue import Full, Queue
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from archzoo._rust import Texts
+from archzoo._rust import Texts, threads
 from archzoo.data.documents import (
-    BLOCK,
     PARQUET,
     TEXT,
     Block,
     Documents,
     InputFile,
+    block_size,
     file_xxh3,
     input_files,
     small_texts,
@@ -52,17 +52,8 @@ _SYNC = 1 << 20
 """Bytes of a shard that the disk gets while more are made, so that its end does not wait for all of them."""
 
 
-class Ragged(Protocol):
-    """The ids of several texts, one after the other, and where each starts and the last one ends."""
-
-    @property
-    def ids(self) -> npt.NDArray[np.uint32]: ...
-    @property
-    def offsets(self) -> npt.NDArray[np.int64]: ...
-
-
 class PackTokenizer(Protocol):
-    """What packing needs of a tokenizer; `archzoo.Tokenizer` is one. `Texts` is as many strings."""
+    """What packing needs of a tokenizer; `archzoo.Tokenizer` is one. Several threads use it at once."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -70,7 +61,13 @@ class PackTokenizer(Protocol):
     def special_tokens(self) -> dict[str, int]: ...
     @property
     def hash(self) -> str: ...
-    def encode_batch(self, texts: list[str] | Texts, add_special_tokens: bool, /) -> Ragged: ...
+    def encode_documents(
+        self, texts: list[str] | Texts, dtype: Literal["uint16", "uint32"], eos: int | None, ends: bool, /
+    ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids [N] of as many strings, one after the other, and their offsets [n + 1].
+
+        After each comes `eos`, unless that is None; after the last one only if it `ends` here.
+        """
 
 
 class _Data(BaseModel):
@@ -181,7 +178,7 @@ class _Encoded(NamedTuple):
     """A batch, its ids with end-of-text tokens among them, and their offsets."""
 
     batch: _Batch
-    ids: npt.NDArray[np.uint32]
+    ids: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
     offsets: npt.NDArray[np.int64]
 
 
@@ -200,7 +197,8 @@ def write_pack(
 
     The result is a pure function of the inputs, the tokenizer and the settings. A run that was killed goes on
     after its last finished shard and ends with the same bytes; a finished one is only checked. Reading,
-    encoding and writing overlap; memory is bounded by a few batches, and the document index of one shard.
+    encoding and writing overlap; memory is bounded by a few blocks for each thread, and the document index of
+    one shard.
 
     Args:
         inputs: files, and folders whose files are taken in the order of their paths.
@@ -261,7 +259,7 @@ class _Packer:
         self.files, self.tokenizer, self.folder, self.settings = files, tokenizer, folder, settings
         here = os.getcwd()
         paths = [os.path.join(here, file.path) for file in files]
-        whole = os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")
+        whole = os.path.join(os.path.commonpath({path[: path.rfind("/") + 1] for path in paths}), "")
         self.names = [path.removeprefix(whole) for path in paths]
         self.hashes: dict[int, str] = {}
         """Those of the files that this run has read from their start to their end."""
@@ -298,17 +296,19 @@ class _Packer:
                 raise
             found = self.hashes | hashes.result()
         shards = self.state.shards
-        manifest = PackManifest(
-            dtype=self.settings.dtype,
-            tokens=sum(shard.tokens for shard in shards),
-            documents=sum(shard.documents for shard in shards),
-            settings=self.settings,
-            inputs=tuple(
-                PackInput(name=name, bytes=file.size, xxh3=found[i])
-                for i, (name, file) in enumerate(zip(self.names, self.files, strict=True))
+        inputs = zip(self.names, self.files, strict=True)
+        content = {
+            "dtype": self.settings.dtype,
+            "tokens": sum(shard.tokens for shard in shards),
+            "documents": sum(shard.documents for shard in shards),
+            "settings": self.settings,
+            # Many; to make each one here takes longer.
+            "inputs": tuple(
+                {"name": name, "bytes": file.size, "xxh3": found[i]} for i, (name, file) in enumerate(inputs)
             ),
-            shards=shards,
-        )
+            "shards": shards,
+        }
+        manifest = PackManifest.model_validate(content)
         _replace(self.folder / MANIFEST, manifest)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return manifest
@@ -370,11 +370,12 @@ class _Packer:
         """Texts from where the last finished shard ends."""
         i, skip = self.state.place
         before = sum(file.size for file in self.files[:i])
+        total = before + sum(file.size for file in self.files[i:])
         while i < len(self.files):
-            if not skip and (small := self._small(i)):
+            if not skip and (small := self._small(i, block_size(total - before))):
                 files = self.files[i : i + small]
                 before += sum(file.size for file in files)
-                block, hashes = small_texts([file.path for file in files])
+                block, hashes = small_texts(files)
                 self.hashes |= zip(range(i, i + small), hashes, strict=True)
                 yield _Batch(block, _Place(i), True, before)
                 i += small
@@ -395,12 +396,12 @@ class _Packer:
             before += self.files[i].size
             i, skip = i + 1, 0
 
-    def _small(self, first: int) -> int:
-        """How many files from `first` on are small text files that make one batch."""
+    def _small(self, first: int, most: int) -> int:
+        """How many files from `first` on are small text files of so many bytes together at most."""
         count = size = 0
         for file in self.files[first : first + 4096]:
             size += file.size
-            if not self._is_small(file) or size > BLOCK:
+            if not self._is_small(file) or size > most:
                 break
             count += 1
         return count
@@ -410,27 +411,23 @@ class _Packer:
         return file.size <= _SMALL and file.path.endswith(TEXT)
 
     def _encoded(self, batches: Generator[_Batch]) -> Generator[_Encoded]:
-        """The batches in their order, two at work: as one nears its end, the next keeps all threads busy."""
+        """The batches in their order, each encoded by one thread."""
         waiting: deque[Future[_Encoded]] = deque()
-        with closing(batches), ThreadPoolExecutor(2) as threads:
+        count = threads()
+        with closing(batches), ThreadPoolExecutor(count) as pool:
             for batch in batches:
-                waiting.append(threads.submit(self._encode, batch))
-                if len(waiting) > 3:
+                waiting.append(pool.submit(self._encode, batch))
+                while waiting and (waiting[0].done() or len(waiting) > 2 * count):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
     def _encode(self, batch: _Batch) -> _Encoded:
-        # --append-eos parts documents, nothing else goes between them.
-        ragged = self.tokenizer.encode_batch(batch.block.texts, False)
-        ids, offsets = ragged.ids, ragged.offsets
-        if len(ids) and (highest := int(ids.max())) >= self.settings.vocab_size:
-            raise PackError(f"the tokenizer made id {highest}, its vocab_size is {self.settings.vocab_size}")
-        if (eos := self.settings.eos_token_id) is not None:
-            ends = offsets[1 : 1 + batch.documents]
-            ids = np.insert(ids, ends, eos)
-            ends += np.arange(1, len(ends) + 1)
-            offsets[1 + len(ends) :] = len(ids)
+        settings, block = self.settings, batch.block
+        given = (block.texts, settings.dtype, settings.eos_token_id, block.ends)
+        ids, offsets = self.tokenizer.encode_documents(*given)
+        if len(ids) and (highest := int(ids.max())) >= settings.vocab_size:
+            raise PackError(f"the tokenizer made id {highest}, its vocab_size is {settings.vocab_size}")
         return _Encoded(batch, ids, offsets)
 
     def _finish(self, shard: _Shard, place: _Place, before: Future[None] | None) -> Future[None]:
@@ -460,7 +457,7 @@ class _Shard:
         self._digest = hashlib.sha256()
         self._file = open(self._temporary("tokens"), "wb")  # noqa: SIM115
 
-    def write(self, ids: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> None:
+    def write(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
         """Append tokens; documents end after `ends` of them."""
         data = ids.astype(self.dtype, copy=False).data.cast("B")
         self._file.write(data)
