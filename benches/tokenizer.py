@@ -18,7 +18,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +257,8 @@ def main() -> None:
             }
             inner = [sys.executable, __file__, *sys.argv[1:], "--threads", str(threads)]
             os.spawnv(os.P_WAIT, sys.executable, inner)
-        print_scaling(counts)
+        if len(counts) > 1:
+            print_scaling(args.vocabularies.split(","), args.files, 3 * args.rounds)
         return
     print(f"instruction set {_rust.instruction_set()}, load {os.getloadavg()[0]:.1f}")
     print("MB/s fresh/repeated; CPU time for one thread, else wall")
@@ -271,16 +275,32 @@ def main() -> None:
     plot(cells, RESULTS / f"{stem}.png")
 
 
-def print_scaling(counts: list[int]) -> None:
-    """What more threads give for 2 KB documents, in wall time per byte."""
-    first, *more = [json.loads((RESULTS / f"tokenizer-{n}.json").read_text()) for n in counts]
-    for cells in more:
-        for cell in cells:
-            alike = (c for c in first if all(c[k] == cell[k] for k in ("vocabulary", "text", "tokenizer")))
-            if cell["text"] == "2 KB documents" and (one := next(alike, None)):
-                ratios = [f"{cell[k] / one[k]:.2f}x" for k in ("fresh", "repeated")]
-                who = f"{cell['vocabulary']:9} {cell['tokenizer']:10}"
-                print(f"{cell['threads']} threads, {who} {'/'.join(ratios)} of one thread")
+def batch_times(path: Path, files: list[Path]) -> tuple[float, float]:
+    """Wall time of fresh and of repeated text in 2 KB documents."""
+    documents = texts_of(files)["2 KB documents"]
+    tokenizer = Tokenizer.from_file(path)
+    batch = partial(tokenizer.encode_batch, documents, add_special_tokens=False)
+    return timed(batch, cpu=False), timed(batch, cpu=False)
+
+
+def print_scaling(names: list[str], files: list[Path], rounds: int) -> None:
+    """What a second thread gives for 2 KB documents: one and two of them in turn, each in a process of its own."""
+    processes = {}
+    for threads in (1, 2):
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        processes[threads] = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        processes[threads].submit(_rust.threads).result()
+    known = {v.name: v for v in vocabularies(RESULTS)}
+    for name in names:
+        if name in known:
+            ratios = []
+            for _ in range(rounds):
+                one, two = (
+                    p.submit(batch_times, known[name].path, files).result() for p in processes.values()
+                )
+                ratios.append([a / b for a, b in zip(one, two, strict=True)])
+            shown = [f"{statistics.median(kind):.2f}x" for kind in zip(*ratios, strict=True)]
+            print(f"2 threads, {name:9} fresh/repeated {'/'.join(shown)} of one thread", flush=True)
 
 
 if __name__ == "__main__":
