@@ -5,6 +5,8 @@
 //! merge across their border, does not depend on the rest of the text. So a long piece is merged in windows that
 //! overlap, and two windows are joined where both have the same two tokens side by side.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::hint::select_unpredictable;
 
 use archzoo_simd::{InstructionSet, multiversion};
@@ -21,6 +23,8 @@ const RANK_BITS: u32 = 21;
 const EMPTY: [u32; 2] = [u32::MAX, u32::MAX - 1];
 /// Symbols of a window of a long piece, but for those that are wider because others do not agree.
 const WINDOW: usize = SHORT;
+/// Symbols of a window that follows one that agrees, at most.
+const WIDE: usize = 1 << 11;
 /// Symbols from the start of one stretch of a long piece to that of the next, at most; that one begins before this ends.
 const STRETCH: usize = if cfg!(test) { 100 } else { 200 };
 const OVERLAP: usize = 16;
@@ -28,7 +32,6 @@ const OVERLAP: usize = 16;
 const STRETCHES: usize = if cfg!(test) { 2 } else { 64 };
 /// Symbols before the end of the last window whose tokens are kept to join the next one.
 const KEPT: usize = if cfg!(test) { WINDOW } else { 512 };
-const POSITION_BITS: u32 = 11;
 
 /// Two tokens that merge to a third.
 #[derive(Debug, Clone, Copy)]
@@ -256,7 +259,7 @@ impl Merges {
 
     /// Appends to `out` what `symbols` merge to: windows of a long piece, joined where they agree.
     pub fn merge(&self, symbols: &[u32], long: &mut Long, out: &mut Vec<u32>) {
-        let Long { list, lists, stretches, window } = long;
+        let Long { lists, stretches, window } = long;
         let (mut joined, mut next) = (Tokens::default(), Tokens::default());
         let stride = (symbols.len() / BESIDE).clamp(WINDOW - OVERLAP, STRETCH);
         let count = 1 + symbols.len().saturating_sub(stride + OVERLAP).div_ceil(stride);
@@ -283,7 +286,7 @@ impl Merges {
                     std::mem::swap(&mut joined, tokens);
                 }
                 while tokens.end > joined.end && !joined.join(joined.first_from(tokens), tokens) {
-                    self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
+                    self.merge_on(symbols, &mut size, &mut joined, &mut next);
                 }
             }
             // As long as no window had to be wider, none begins further back.
@@ -293,7 +296,7 @@ impl Merges {
             }
         }
         while joined.end < symbols.len() {
-            self.merge_on(symbols, &mut size, list, &mut joined, &mut next);
+            self.merge_on(symbols, &mut size, &mut joined, &mut next);
         }
         if joined.has_start() {
             out.truncate(before);
@@ -303,54 +306,27 @@ impl Merges {
 
     /// Joins one more window, which starts on a border of the last one, some symbols and some tokens before its end; or
     /// doubles the size where they do not agree.
-    fn merge_on(
-        &self,
-        symbols: &[u32],
-        size: &mut usize,
-        list: &mut LongList,
-        joined: &mut Tokens,
-        next: &mut Tokens,
-    ) {
+    fn merge_on(&self, symbols: &[u32], size: &mut usize, joined: &mut Tokens, next: &mut Tokens) {
         let first = joined.border(*size / 8);
         // What is before the first token here may matter.
         let start = if first == 0 { 0 } else { joined.list[first].1 as usize };
-        self.merge_from(symbols, start, *size, list, next);
+        self.merge_from(symbols, start, *size, next);
         if next.end > joined.end && (start == 0 || joined.join(first, next)) {
             if start == 0 {
                 std::mem::swap(joined, next);
             }
-            *size = (*size).min(MOST_LINEAR);
+            *size = (*size).min(WIDE);
         } else {
             *size *= 2;
         }
     }
 
-    /// Merges the window of `size` symbols from `start`.
-    fn merge_from(
-        &self,
-        symbols: &[u32],
-        start: usize,
-        size: usize,
-        list: &mut LongList,
-        tokens: &mut Tokens,
-    ) {
+    /// Merges the window of `size` symbols from `start`, by a heap of pairs over a linked list.
+    fn merge_from(&self, symbols: &[u32], start: usize, size: usize, tokens: &mut Tokens) {
         let end = symbols.len().min(start + size);
         tokens.clear();
         tokens.end = end;
         let symbols = &symbols[start..end];
-        if symbols.len() <= MOST_LINEAR {
-            merge_linear(InstructionSet::current(), self, symbols, list);
-            tokens.extend(list.tokens(), start);
-        } else {
-            self.merge_heap(symbols, start as u32, tokens);
-        }
-    }
-
-    /// Any number of symbols, by a heap of pairs over a linked list.
-    fn merge_heap(&self, symbols: &[u32], offset: u32, tokens: &mut Tokens) {
-        use std::cmp::Reverse;
-        use std::collections::BinaryHeap;
-
         let n = symbols.len();
         let mut ids = symbols.to_vec();
         // `after[i]` is the next living symbol, n for none; `before` likewise, NONE for none.
@@ -392,7 +368,7 @@ impl Merges {
         }
         for (i, &id) in ids.iter().enumerate() {
             if id != DEAD {
-                tokens.list.push((id, i as u32 + offset));
+                tokens.list.push((id, (start + i) as u32));
             }
         }
     }
@@ -493,76 +469,62 @@ impl Tokens {
     }
 }
 
+/// Symbols of a list, and its two ends.
+const PLACES: usize = 64;
+/// Symbols of a piece that is merged beside others, at most.
+pub const SHORT: usize = PLACES - 2;
+/// Keeps an index inside the arrays without a check.
+const MASK: usize = PLACES - 1;
+/// The places before and after each.
+const LINKS: [[u8; PLACES]; 2] = {
+    let mut links = [[0; PLACES]; 2];
+    let mut at = 0;
+    while at < PLACES {
+        links[0][at] = (at + MASK) as u8 & MASK as u8;
+        links[1][at] = (at + 1) as u8;
+        at += 1;
+    }
+    links
+};
+
 /// A linked list of symbols that stay in place, between two ends that merge with nothing; kept from piece to piece.
-pub struct List<const N: usize> {
-    ids: [u32; N],
+pub struct List {
+    ids: [u32; PLACES],
     /// Rank of each symbol with the next one, and below it its position: the least key is the leftmost pair of
     /// the lowest rank.
-    keys: [u32; N],
+    keys: [u32; PLACES],
     /// What each symbol and the next one merge to.
-    products: [u32; N],
-    before: [u16; N],
-    after: [u16; N],
+    products: [u32; PLACES],
+    before: [u8; PLACES],
+    after: [u8; PLACES],
     len: usize,
     /// Whether all pairs of the symbols that it starts with are in the table of few ids.
     all_few: bool,
 }
 
-/// A list for a window of a long piece.
-type LongList = List<{ 1 << POSITION_BITS }>;
-/// Symbols that are merged without a heap, at most.
-const MOST_LINEAR: usize = LongList::MOST;
-/// A list for a piece that is merged beside others.
-type ShortList = List<64>;
-/// Symbols of such a piece, at most.
-pub const SHORT: usize = ShortList::MOST;
-
-impl<const N: usize> Default for List<N> {
+impl Default for List {
     fn default() -> Self {
-        Self {
-            ids: [NO_ID; N],
-            keys: [NONE; N],
-            products: [NONE; N],
-            before: std::array::from_fn(|i| (i as u16).wrapping_sub(1)),
-            after: std::array::from_fn(|i| i as u16 + 1),
-            len: 0,
-            all_few: false,
-        }
+        let [before, after] = LINKS;
+        let (ids, keys, products) = ([NO_ID; PLACES], [NONE; PLACES], [NONE; PLACES]);
+        Self { ids, keys, products, before, after, len: 0, all_few: false }
     }
 }
-
-/// Keys compared side by side.
-const BLOCK: usize = 64;
 
 /// A merge of which what the new symbol and its neighbours merge to is still to be found.
 #[derive(Clone, Copy)]
 struct Begun {
-    least: u32,
+    at: usize,
     before: usize,
     after: usize,
     /// Where the two pairs would be.
     places: [usize; 2],
 }
 
-/// The least key of a block, in steps that a compiler makes vectors of.
-#[inline(always)]
-fn least_of(block: &[u32; BLOCK]) -> u32 {
-    let half: [u32; BLOCK / 2] = std::array::from_fn(|i| block[i].min(block[i + BLOCK / 2]));
-    let quarter: [u32; BLOCK / 4] = std::array::from_fn(|i| half[i].min(half[i + BLOCK / 4]));
-    quarter.into_iter().fold(NONE, u32::min)
-}
-
-impl<const N: usize> List<N> {
-    /// Symbols, at most.
-    const MOST: usize = N - 2;
-    /// Keeps an index inside the arrays without a check.
-    const MASK: usize = N - 1;
-
+impl List {
     /// Takes new symbols, of which no neighbours are merged yet.
     #[inline(always)]
     fn start(&mut self, merges: &Merges, symbols: &[u32]) {
-        const { assert!(N.is_power_of_two() && N >= BLOCK && N <= 1 << POSITION_BITS) };
-        self.len = symbols.len().min(Self::MOST);
+        self.len = symbols.len().min(SHORT);
         self.all_few = symbols.iter().fold(0, |most, &id| merges.nth_few(id).max(most)) < FEW;
         if !self.all_few {
             // All at once, so that they load beside each other.
@@ -571,12 +533,8 @@ impl<const N: usize> List<N> {
         self.ids[1..=self.len].copy_from_slice(&symbols[..self.len]);
         let end = self.len + 1;
         self.ids[end] = NO_ID;
-        let used = (end + 1).next_multiple_of(BLOCK);
-        self.keys[self.len..used].fill(NONE);
-        let links = self.before[..used].iter_mut().zip(&mut self.after[..used]);
-        for (i, (before, after)) in (0u16..).zip(links) {
-            (*before, *after) = (i.wrapping_sub(1), i + 1);
-        }
+        self.keys[self.len..].fill(NONE);
+        [self.before, self.after] = LINKS;
     }
 
     /// Looks up the pairs of new symbols.
@@ -590,52 +548,46 @@ impl<const N: usize> List<N> {
         }
     }
 
-    /// Keeps what a symbol and the next one merge to. Returns their key.
+    /// Keeps what a symbol and the next one merge to.
     #[inline(always)]
-    fn keep(&mut self, at: usize, rank: u32, product: u32) -> u32 {
-        let key = select_unpredictable(rank == NONE, NONE, rank << POSITION_BITS | at as u32);
+    fn keep(&mut self, at: usize, rank: u32, product: u32) {
+        let key = select_unpredictable(rank == NONE, NONE, rank << PLACES.ilog2() | at as u32);
         (self.keys[at], self.products[at]) = (key, product);
-        key
     }
 
+    /// In steps that a compiler makes vectors of.
     #[inline(always)]
     fn least(&self) -> u32 {
-        let mut least = NONE;
-        for block in self.keys[..(self.len + 1).next_multiple_of(BLOCK)].as_chunks::<BLOCK>().0 {
-            least = least.min(least_of(block));
-        }
-        least
+        let half: [u32; PLACES / 2] = std::array::from_fn(|i| self.keys[i].min(self.keys[i + PLACES / 2]));
+        let quarter: [u32; PLACES / 4] = std::array::from_fn(|i| half[i].min(half[i + PLACES / 4]));
+        quarter.into_iter().fold(NONE, u32::min)
     }
 
     /// Makes the pair of this key one symbol.
     #[inline(always)]
     fn begin(&mut self, merges: &Merges, least: u32) -> Begun {
-        let at = least as usize & Self::MASK;
-        let next = usize::from(self.after[at]) & Self::MASK;
-        let after = usize::from(self.after[next]) & Self::MASK;
-        let before = usize::from(self.before[at]) & Self::MASK;
+        let at = least as usize & MASK;
+        let next = usize::from(self.after[at]) & MASK;
+        let after = usize::from(self.after[next]) & MASK;
+        let before = usize::from(self.before[at]) & MASK;
         self.ids[at] = self.products[at];
         self.keys[next] = NONE;
-        self.after[at] = after as u16;
-        self.before[after] = at as u16;
+        self.after[at] = after as u8;
+        self.before[after] = at as u8;
         // Both at once, so that they load beside each other, and while other lists go on.
         let places =
             [merges.seek(self.ids[before], self.ids[at]), merges.seek(self.ids[at], self.ids[after])];
-        Begun { least, before, after, places }
+        Begun { at, before, after, places }
     }
 
-    /// Looks up the pairs of the new symbol. Returns the key of the pair right after if that is now the least.
+    /// Looks up the pairs of the new symbol.
     #[inline(always)]
-    fn finish(&mut self, merges: &Merges, begun: Begun) -> Option<u32> {
-        let Begun { least, before, after, places } = begun;
-        let at = least as usize & Self::MASK;
-        let next = self.keys[after];
+    fn finish(&mut self, merges: &Merges, begun: Begun) {
+        let Begun { at, before, after, places } = begun;
         let (rank, product) = merges.get_at(places[1], self.ids[at], self.ids[after]);
-        let right = self.keep(at, rank, product);
+        self.keep(at, rank, product);
         let (rank, product) = merges.get_at(places[0], self.ids[before], self.ids[at]);
-        let left = self.keep(before, rank, product);
-        let is_same = next >> POSITION_BITS == least >> POSITION_BITS;
-        (is_same && next < right.min(left)).then_some(next)
+        self.keep(before, rank, product);
     }
 
     /// Each symbol that is left, and where it starts.
@@ -645,7 +597,7 @@ impl<const N: usize> List<N> {
         std::iter::from_fn(move || {
             let start = at - 1;
             (at <= self.len).then(|| {
-                at = usize::from(self.after[at & Self::MASK]);
+                at = usize::from(self.after[at & MASK]);
                 (self.ids[start + 1], start)
             })
         })
@@ -655,7 +607,6 @@ impl<const N: usize> List<N> {
 /// What merging a long piece needs.
 #[derive(Default)]
 pub struct Long {
-    list: LongList,
     lists: Lists,
     stretches: Vec<Stretch>,
     window: Tokens,
@@ -732,23 +683,6 @@ impl Pieces for Stretches<'_> {
     }
 }
 
-multiversion! {
-    fn merge_linear(merges: &Merges, symbols: &[u32], list: &mut LongList) {
-        list.start(merges, symbols);
-        list.look_up(merges);
-        loop {
-            let mut least = list.least();
-            if least == NONE {
-                break;
-            }
-            // In a run of one symbol the next pair is often the next to merge, and need not be searched for.
-            while let Some(next) = { let begun = list.begin(merges, least); list.finish(merges, begun) } {
-                least = next;
-            }
-        }
-    }
-}
-
 /// Pieces to merge.
 pub trait Pieces {
     /// Puts the symbols of the next piece, at most [`SHORT`], in place of others. None if there is no more, unless one
@@ -765,7 +699,7 @@ const BESIDE: usize = 8;
 /// What merging several pieces needs.
 #[derive(Default)]
 pub struct Lists {
-    lists: [ShortList; BESIDE],
+    lists: [List; BESIDE],
     symbols: Vec<u32>,
 }
 
@@ -786,7 +720,7 @@ multiversion! {
         while busy > 0 {
             for &i in &order[..busy] {
                 match begun[i] {
-                    Some(begun) => _ = lists[i].finish(merges, begun),
+                    Some(begun) => lists[i].finish(merges, begun),
                     None => lists[i].look_up(merges),
                 }
             }
@@ -990,7 +924,7 @@ mod tests {
             merges.merge(&symbols, &mut Long::default(), &mut out);
             prop_assert_eq!(&out, &expected);
             let mut tokens = Tokens::default();
-            merges.merge_heap(&symbols, 0, &mut tokens);
+            merges.merge_from(&symbols, 0, symbols.len(), &mut tokens);
             prop_assert_eq!(tokens.list.iter().map(|&(id, _)| id).collect::<Vec<_>>(), expected);
         }
     }
