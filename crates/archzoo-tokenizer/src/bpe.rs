@@ -75,18 +75,34 @@ impl Bpe {
             }
             reached = Some(made);
         }
-        Ok(Self {
-            chars: chars(&symbols, &table, &vocab),
-            borders: reached.is_some().then(|| Borders::new(&vocab)),
-            has_all_bytes: has_all_bytes(&symbols),
+        Ok(Self::of(vocab, symbols, table, reached, unknown))
+    }
+
+    fn of(
+        vocab: Vocab,
+        symbols: Symbols,
+        merges: Merges,
+        reached: Option<Reached>,
+        unknown: Option<u32>,
+    ) -> Self {
+        let (chars, has_all_bytes) = match &symbols {
+            Symbols::Bytes(bytes) => (Chars::new(&merges, &vocab, bytes), !bytes.contains(&MISSING)),
+            Symbols::Chars { .. } => (None, false),
+        };
+        let borders = reached.is_some().then(|| Borders::new(&vocab));
+        let (ignore_merges, fuse_unknown) = (false, false);
+        Self {
             vocab,
-            merges: table,
+            merges,
             reached,
+            chars,
+            borders,
             symbols,
-            ignore_merges: false,
+            has_all_bytes,
+            ignore_merges,
             unknown,
-            fuse_unknown: false,
-        })
+            fuse_unknown,
+        }
     }
 
     /// Whether text can be cut before every run of `mark`: it is a token, and no token has it after anything else.
@@ -250,17 +266,6 @@ impl<'t, I: Iterator<Item = &'t [u8]>, F: FnMut(usize, &[u32])> Pieces for Each<
     }
 }
 
-fn chars(symbols: &Symbols, merges: &Merges, vocab: &Vocab) -> Option<Chars> {
-    match symbols {
-        Symbols::Bytes(bytes) => Chars::new(merges, vocab, bytes),
-        Symbols::Chars { .. } => None,
-    }
-}
-
-fn has_all_bytes(symbols: &Symbols) -> bool {
-    matches!(symbols, Symbols::Bytes(bytes) if !bytes.contains(&MISSING))
-}
-
 /// Bytes of a run from which on its longest tokens are found faster than they are merged.
 const LONG_RUN: usize = 65;
 
@@ -308,21 +313,7 @@ impl Table for Bpe {
             (true, false) => Symbols::Chars { fallback: Some(table()?) },
         };
         let unknown = (unknown != MISSING).then_some(unknown);
-        let chars = chars(&symbols, &merges, &vocab);
-        let borders = reached.is_some().then(|| Borders::new(&vocab));
-        let has_all_bytes = has_all_bytes(&symbols);
-        Some(Self {
-            vocab,
-            merges,
-            reached,
-            chars,
-            borders,
-            symbols,
-            has_all_bytes,
-            ignore_merges,
-            unknown,
-            fuse_unknown,
-        })
+        Some(Self { ignore_merges, fuse_unknown, ..Self::of(vocab, symbols, merges, reached, unknown) })
     }
 }
 
