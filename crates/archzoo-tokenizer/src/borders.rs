@@ -2,77 +2,125 @@
 //! not depend on the other side. Most places between two Chinese characters are such, and the words between them are
 //! mostly known.
 
+use crate::split::Piece;
 use crate::vocab::{MIX, Vocab, fold};
 
 /// What tokens have side by side, of characters of three bytes: the others are seldom apart.
 #[derive(Debug, Clone)]
 pub struct Borders {
     /// A bit for each hash of two whole characters.
-    pairs: Vec<u64>,
+    pairs: Box<[u64; 1 << (PAIR_BITS - 6)]>,
     /// A bit for the last byte of one and the first byte of the next where a token does not have all of both.
-    parts: Vec<u64>,
+    parts: Box<[u64; 1 << (PART_BITS - 6)]>,
+    /// A bit for each hash of tokens that merging does not give; empty if there are none.
+    unreached: Vec<u64>,
 }
 
 const PAIR_BITS: u32 = 19;
 const PART_BITS: u32 = 12;
+const UNREACHED_BITS: u32 = 14;
 /// Bytes of a character that is looked at.
 const WIDE: usize = 3;
 
-fn is_wide(first: u8) -> bool {
+/// Whether a byte is the first of a character of three.
+pub fn is_wide(first: u8) -> bool {
     first >> 4 == 0xe
 }
 
 impl Borders {
     /// The borders inside tokens.
-    pub fn new(vocab: &Vocab) -> Self {
-        let bits = |count: u32| vec![0; 1 << (count - 6)];
-        let mut made = Self { pairs: bits(PAIR_BITS), parts: bits(PART_BITS) };
+    pub fn new(vocab: &Vocab, may_be_unreached: impl Fn(&[u8]) -> bool) -> Self {
+        let (pairs, parts) = (Box::new([0; _]), Box::new([0; _]));
+        let mut made = Self { pairs, parts, unreached: Vec::new() };
         vocab.each_with(is_wide, |token| {
+            if let Some(start) = token.first_chunk().filter(|_| may_be_unreached(token)) {
+                made.unreached.resize(1 << (UNREACHED_BITS - 6), 0);
+                set(&mut made.unreached, unreached(start, token.len()));
+            }
             for at in (1..token.len()).filter(|&at| is_wide(token[at])) {
-                let left = at.checked_sub(WIDE).map(|left| &token[left..]);
-                match left.map(|left| (left[0], left.first_chunk())) {
-                    Some((first, _)) if !is_wide(first) => {}
-                    Some((_, Some(both))) => set(&mut made.pairs, pair(both)),
-                    _ => set(&mut made.parts, part(token[at - 1], token[at])),
+                match at.checked_sub(WIDE).map(|left| &token[left..]) {
+                    Some(left) if !is_wide(left[0]) => {}
+                    Some(left) if left.len() >= 2 * WIDE => {
+                        set(&mut made.pairs[..], pair(last_word(&left[..2 * WIDE])));
+                    }
+                    _ => set(&mut made.parts[..], part(last_word(&[0, 0, token[at - 1], token[at]]))),
                 }
             }
         });
         made
     }
 
-    /// Puts the places where a piece can be cut in place of others.
-    pub fn find(&self, piece: &[u8], places: &mut Vec<usize>) {
-        places.resize(piece.len() / WIDE, 0);
-        let (mut at, mut count) = (WIDE, 0);
-        while let Some(both) = piece.get(at - WIDE..).and_then(<[u8]>::first_chunk::<{ 2 * WIDE }>) {
-            let &[left, _, last, right, ..] = both;
-            if is_wide(left) && is_wide(right) {
+    /// Whether there are tokens that merging does not give.
+    pub fn has_unreached(&self) -> bool {
+        !self.unreached.is_empty()
+    }
+
+    /// Whether a part may be one.
+    #[inline]
+    pub fn may_be_unreached(&self, part: &[u8]) -> bool {
+        part.first_chunk().is_none_or(|start| has(&self.unreached, unreached(start, part.len())))
+    }
+
+    /// Puts the places where a piece of `text` can be cut, in its first [`LONGEST_CUT`] bytes, first in `places`. Returns
+    /// their number.
+    #[inline]
+    pub fn find(&self, text: &[u8], (start, end): Piece, places: &mut [usize; PLACES]) -> usize {
+        let (mut at, mut count) = (start + WIDE, 0);
+        let end = end.min(start + LONGEST_CUT);
+        while at + WIDE <= end {
+            let both = text.get(at - WIDE..).and_then(<[u8]>::first_chunk);
+            let both = both.map_or_else(|| last_word(&text[at - WIDE..]), |&word| u64::from_le_bytes(word));
+            if both & FIRSTS_HIGH == FIRSTS_WIDE {
                 // Which places these are follows no pattern that a processor could foresee.
-                let is_inside = has(&self.pairs, pair(both)) | has(&self.parts, part(last, right));
-                places[count] = at;
+                let is_inside = has(&self.pairs[..], pair(both)) | has(&self.parts[..], part(both));
+                places[count & (PLACES - 1)] = at;
                 count += usize::from(!is_inside);
                 at += WIDE;
             } else {
                 at += 1;
             }
         }
-        places.truncate(count);
+        count
     }
 }
 
-fn pair(both: &[u8; 2 * WIDE]) -> usize {
-    let &[a, b, c, d, e, f] = both;
-    (fold(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]), MIX[0]) >> (64 - PAIR_BITS)) as usize
+/// Bytes of a piece that is cut, at most: what is longer is more often known as a whole.
+pub const LONGEST_CUT: usize = 256;
+/// Places where such a piece can be cut fit into as many.
+pub const PLACES: usize = 128;
+
+/// The high halves of the first bytes of two characters of three bytes, in a word that starts with these.
+const FIRSTS_HIGH: u64 = 0xf000_00f0;
+const FIRSTS_WIDE: u64 = 0xe000_00e0;
+
+/// Bytes, fewer than a word has, and zeros.
+#[cold]
+fn last_word(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte))
 }
 
-fn part(last: u8, first: u8) -> usize {
-    usize::from(last) << 4 | usize::from(first & 15)
+/// Where the bit of two characters is, by a word that starts with them.
+#[inline]
+fn pair(both: u64) -> usize {
+    ((both << 16).wrapping_mul(MIX[0]) >> (64 - PAIR_BITS)) as usize
+}
+
+fn unreached(&[a, b, c]: &[u8; WIDE], length: usize) -> usize {
+    let word = u64::from_le_bytes([a, b, c, 0, 0, 0, 0, 0]) | (length as u64) << 32;
+    (fold(word, MIX[0]) >> (64 - UNREACHED_BITS)) as usize
+}
+
+/// The same of the last byte of one and the low half of the first byte of the other.
+#[inline]
+fn part(both: u64) -> usize {
+    (both >> 16) as usize & ((1 << PART_BITS) - 1)
 }
 
 fn set(bits: &mut [u64], at: usize) {
     bits[at / 64] |= 1 << (at % 64);
 }
 
+#[inline(always)]
 fn has(bits: &[u64], at: usize) -> bool {
     bits[at / 64] >> (at % 64) & 1 == 1
 }
@@ -106,10 +154,16 @@ mod tests {
             tokens.sort();
             tokens.dedup();
             let numbered: Vec<_> = tokens.iter().zip(0..).collect();
-            let borders = Borders::new(&Vocab::new(&numbered, |_| true).unwrap());
+            let borders = Borders::new(&Vocab::new(&numbered, |_| true).unwrap(), |token| token == b"\xe4\xb8\x80");
             let piece = some(&text, start, end);
-            let mut places = vec![7; 3];
-            borders.find(&piece, &mut places);
+            // With something before it and behind it.
+            let around = |after: &[u8]| [b"\xe4", &piece[..], after].concat();
+            let [places, others] = [&b""[..], b"\xb8\x80\xe4\xb8\x80"].map(|after| {
+                let mut places = [7; PLACES];
+                let count = borders.find(&around(after), (1, 1 + piece.len()), &mut places);
+                places[..count].iter().map(|place| place - 1).collect::<Vec<_>>()
+            });
+            prop_assert_eq!(&places, &others);
             let is_free = |place: usize| {
                 let reaches = |token: &[u8], at: usize| at < place && place < at + token.len();
                 !tokens.iter().any(|token| (0..place).any(|at| reaches(token, at) && piece[at..].starts_with(token)))
@@ -117,6 +171,11 @@ mod tests {
             prop_assert!(places.is_sorted());
             for &place in &places {
                 prop_assert!(0 < place && place < piece.len() && is_free(place));
+            }
+            let is_unreached = |token: &&Vec<u8>| token[..] == *b"\xe4\xb8\x80";
+            prop_assert_eq!(borders.has_unreached(), tokens.iter().any(|token| is_unreached(&token)));
+            if let Some(token) = tokens.iter().find(is_unreached) {
+                prop_assert!(borders.may_be_unreached(token));
             }
             // And those that no token comes near are found.
             if tokens.iter().all(|token| token.len() < 2) && std::str::from_utf8(&text).is_ok() {

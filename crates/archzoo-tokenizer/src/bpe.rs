@@ -1,12 +1,13 @@
 use std::iter::{Enumerate, Fuse};
 
-use crate::borders::Borders;
+use crate::borders::{Borders, LONGEST_CUT, PLACES, is_wide};
 use crate::cache::LONGEST;
 use crate::cache_file::{Reader, Table, Writer};
 use crate::chars::Chars;
 use crate::error::Result;
 use crate::merges::{Lists, Long, Merge, Merges, Pieces, SHORT};
 use crate::reached::Reached;
+use crate::split::Piece;
 use crate::vocab::Vocab;
 
 /// A symbol that the vocabulary lacks.
@@ -89,7 +90,8 @@ impl Bpe {
             Symbols::Bytes(bytes) => (Chars::new(&merges, &vocab, bytes), !bytes.contains(&MISSING)),
             Symbols::Chars { .. } => (None, false),
         };
-        let borders = reached.is_some().then(|| Borders::new(&vocab));
+        let borders =
+            reached.as_ref().map(|reached| Borders::new(&vocab, |token| reached.may_be_unreached(token)));
         let (ignore_merges, fuse_unknown) = (false, false);
         Self {
             vocab,
@@ -149,20 +151,34 @@ impl Bpe {
         self.ignore_merges && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
     }
 
-    /// Puts the places where a piece can be cut into parts that are encoded one by one in place of others. Whether there
-    /// are any.
-    pub fn cut(&self, piece: &[u8], places: &mut Vec<usize>) -> bool {
-        let (Some(borders), Symbols::Bytes(ids)) = (&self.borders, &self.symbols) else { return false };
-        borders.find(piece, places);
-        let mut start = 0;
-        let ends = places.iter().copied().chain([piece.len()]);
-        !places.is_empty()
-            // What is left without a byte, or stands for it, has other neighbours.
-            && (self.has_all_bytes || piece.iter().all(|&byte| ids[usize::from(byte)] != MISSING))
-            && ends.map(|end| &piece[std::mem::replace(&mut start, end)..end]).all(|part| {
-                // A token that its merges do not give stands for a whole piece only.
-                part.len() <= LONGEST && !self.may_be_other(part)
-            })
+    /// Whether a piece may have parts that are encoded one by one.
+    #[inline]
+    pub fn may_cut(&self, piece: &[u8]) -> bool {
+        self.borders.is_some() && piece.len() <= LONGEST_CUT && piece[..2].iter().any(|&byte| is_wide(byte))
+    }
+
+    /// Puts the places where a piece of `text` can be cut into parts that are encoded one by one first in `places`. Returns
+    /// their number.
+    #[inline]
+    pub fn cut(&self, text: &[u8], piece: Piece, places: &mut [usize; PLACES]) -> usize {
+        let (Some(borders), Symbols::Bytes(ids)) = (&self.borders, &self.symbols) else { return 0 };
+        // What is left without a byte, or stands for it, has other neighbours.
+        let is_missing = |&byte: &u8| ids[usize::from(byte)] == MISSING;
+        if !self.has_all_bytes && text[piece.0..piece.1].iter().any(is_missing) {
+            return 0;
+        }
+        let count = borders.find(text, piece, places);
+        if self.ignore_merges && borders.has_unreached() {
+            // A token that its merges do not give stands for a whole piece only.
+            let mut start = piece.0;
+            for end in places[..count].iter().copied().chain([piece.1]) {
+                let part = &text[std::mem::replace(&mut start, end)..end];
+                if borders.may_be_unreached(part) && self.may_be_other(part) {
+                    return 0;
+                }
+            }
+        }
+        count
     }
 
     /// Appends the ids of a piece, and of the token that it is, that needs no merging to `out`, or returns false.

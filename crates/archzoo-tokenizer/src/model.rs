@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use crate::borders::PLACES;
 use crate::bpe::{Bpe, Work};
 use crate::cache::{Cache, LONGEST, Sought};
 use crate::error::Result;
@@ -35,10 +36,10 @@ impl Model {
         matches!(self, Self::Bpe(bpe) if bpe.is_byte_level())
     }
 
-    /// Puts the places where a piece can be cut into parts that are encoded one by one in place of others. Whether there
-    /// are any.
-    fn cut(&self, piece: &[u8], places: &mut Vec<usize>) -> bool {
-        matches!(self, Self::Bpe(bpe) if bpe.cut(piece, places))
+    /// Whether a piece that is longer than a key may have parts that are encoded one by one.
+    #[inline]
+    fn may_cut(&self, text: &[u8], (start, end): Piece) -> bool {
+        matches!(self, Self::Bpe(bpe) if bpe.may_cut(&text[start..end]))
     }
 
     /// Hands the number of each piece and its ids to `take`, in some order.
@@ -72,64 +73,9 @@ pub struct Scratch {
     long: LongCache,
     work: Box<Work>,
     sought: Box<[Sought; BATCH]>,
-    new: New,
-}
-
-/// Pieces of a batch that no cache has.
-#[derive(Default)]
-struct New {
-    pieces: Vec<usize>,
-    /// Those of them that are encoded part by part, and where the parts of each end among all.
-    cut: Vec<(usize, usize)>,
-    parts: Vec<Sought>,
-    places: Vec<Piece>,
-    /// What is encoded: pieces that are not cut, and parts that no cache has.
-    wanted: Vec<(Piece, Sought)>,
-    /// Hashes of the pieces, then those of the wanted parts.
+    /// Of a batch, those that no cache has, and their hashes.
+    new: Vec<usize>,
     hashes: Vec<u64>,
-    /// Where one piece is cut.
-    cuts: Vec<usize>,
-    ids: Vec<u32>,
-}
-
-impl New {
-    fn clear(&mut self) {
-        let Self { pieces, cut, parts, places, wanted, hashes, .. } = self;
-        pieces.clear();
-        cut.clear();
-        parts.clear();
-        places.clear();
-        wanted.clear();
-        hashes.clear();
-    }
-
-    /// Cuts the pieces that can be, and finds what is to be encoded.
-    fn cut(&mut self, model: &Model, text: &[u8], pieces: &[Piece], sought: &[Sought], cache: &Cache) {
-        for &i in &self.pieces {
-            let (first, last) = pieces[i];
-            if last - first > LONGEST_BESIDE || !model.cut(&text[first..last], &mut self.cuts) {
-                self.wanted.push((pieces[i], sought[i]));
-                continue;
-            }
-            let mut start = first;
-            for end in self.cuts.iter().map(|cut| first + cut).chain([last]) {
-                let part = Sought::new(text, start, end - start);
-                cache.prefetch(&part);
-                self.parts.push(part);
-                self.places.push((start, end));
-                start = end;
-            }
-            self.cut.push((i, self.parts.len()));
-        }
-        for (part, place) in self.parts.iter().zip(&self.places) {
-            // A search through all of them would take too long where there are many.
-            let recent = self.hashes.len().saturating_sub(BATCH);
-            if !cache.has(part) && !self.hashes[recent..].contains(&part.hash()) {
-                self.wanted.push((*place, *part));
-                self.hashes.push(part.hash());
-            }
-        }
-    }
 }
 
 impl Default for Scratch {
@@ -139,23 +85,36 @@ impl Default for Scratch {
             long: LongCache::default(),
             work: Box::default(),
             sought: Box::new([Sought::default(); BATCH]),
-            new: New::default(),
+            new: Vec::new(),
+            hashes: Vec::new(),
         }
     }
 }
 
 impl Scratch {
-    /// Fills in `sought` and starts to load where pieces are looked up.
-    #[inline(never)]
-    fn seek(&mut self, text: &[u8], pieces: &[Piece]) {
-        for (&(start, end), sought) in pieces.iter().zip(self.sought.iter_mut()) {
-            if end - start <= LONGEST {
-                *sought = Sought::new(text, start, end - start);
-                self.short.prefetch(sought);
-            } else {
-                *sought = Sought::long(self.long.seek(&text[start..end]));
+    /// Fills in `sought`. False if one `may_be_cut`, which has too many bytes for a key.
+    #[inline(always)]
+    fn seek(&mut self, text: &[u8], pieces: &[Piece], may_be_cut: impl Fn(Piece) -> bool) -> bool {
+        let Self { short, long, sought, .. } = self;
+        for (&piece, sought) in pieces.iter().zip(sought.iter_mut()) {
+            if piece.1 - piece.0 > LONGEST && may_be_cut(piece) {
+                return false;
             }
+            *sought = seek(short, long, text, piece);
         }
+        true
+    }
+}
+
+/// Starts to load where a piece is looked up.
+#[inline(always)]
+fn seek(short: &Cache, long: &LongCache, text: &[u8], (start, end): Piece) -> Sought {
+    if end - start <= LONGEST {
+        let sought = Sought::new(text, start, end - start);
+        short.prefetch(&sought);
+        sought
+    } else {
+        Sought::long(long.seek(&text[start..end]))
     }
 }
 
@@ -215,62 +174,39 @@ impl Encoder<'_> {
     /// Appends the ids of a piece that this thread has not seen, the `i`-th of some whose `sought` are there.
     #[inline(never)]
     fn take_new(&mut self, text: &[u8], pieces: &[Piece], i: usize) {
-        let Scratch { short, long, work, sought, new } = &mut *self.scratch;
+        let Scratch { short, long, work, sought, new, hashes, .. } = &mut *self.scratch;
         let piece = |i: usize| &text[pieces[i].0..pieces[i].1];
         // Those of the rest that are not there either are encoded beside it.
         new.clear();
-        new.pieces.push(i);
-        new.hashes.push(sought[i].hash());
+        hashes.clear();
+        new.push(i);
+        hashes.push(sought[i].hash());
         for j in (i + 1..pieces.len()).filter(|&j| piece(j).len() <= LONGEST_BESIDE) {
             let is_there = match sought[j].long_hash() {
                 None => short.has(&sought[j]),
                 Some(hash) => long.get(piece(j), hash).is_some(),
             };
             let hash = sought[j].hash();
-            if !is_there && !new.hashes.contains(&hash) {
-                new.pieces.push(j);
-                new.hashes.push(hash);
+            if !is_there && !hashes.contains(&hash) {
+                new.push(j);
+                hashes.push(hash);
             }
         }
-        new.cut(self.model, text, pieces, &sought[..], short);
-        let mut keep =
-            |short: &mut Cache, (start, end): Piece, sought: &Sought, ids: &[u32]| match sought.long_hash() {
-                None => short.insert(sought, ids),
-                Some(hash) => long.insert(&text[start..end], hash, ids),
-            };
-        let mut is_taken = false;
-        let wanted = new.wanted.iter().map(|&((start, end), _)| &text[start..end]);
-        self.model.encode_each(wanted, work, |nth, ids| {
-            let (place, sought) = &new.wanted[nth];
-            if *place == pieces[i] {
+        self.model.encode_each(new.iter().map(|&j| piece(j)), work, |nth, ids| {
+            let j = new[nth];
+            if i == j {
                 self.out.extend_from_slice(ids);
-                is_taken = true;
             }
-            keep(short, *place, sought, ids);
+            match sought[j].long_hash() {
+                None => short.insert(&sought[j], ids),
+                Some(hash) => long.insert(piece(j), hash, ids),
+            }
         });
-        let mut first = 0;
-        for &(j, end) in &new.cut {
-            let parts = &new.parts[std::mem::replace(&mut first, end)..end];
-            new.ids.clear();
-            // Parts are gone if the cache was emptied.
-            if short.append(parts, &mut new.ids) == parts.len() {
-                if i == j {
-                    self.out.extend_from_slice(&new.ids);
-                    is_taken = true;
-                }
-                keep(short, pieces[j], &sought[j], &new.ids);
-            }
-        }
-        if !is_taken {
-            self.model.encode_each(std::iter::once(piece(i)), work, |_, ids| self.out.extend_from_slice(ids));
-        }
     }
-}
 
-impl Sink for Encoder<'_> {
-    #[inline]
-    fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
-        self.scratch.seek(text, pieces);
+    /// Takes pieces whose `sought` are there.
+    #[inline(always)]
+    fn take_sought(&mut self, text: &[u8], pieces: &[Piece]) {
         let mut done = 0;
         loop {
             let Scratch { short, long, sought, .. } = &*self.scratch;
@@ -283,6 +219,43 @@ impl Sink for Encoder<'_> {
                 self.take_new(text, pieces, done);
             }
             done += 1;
+        }
+    }
+
+    /// Takes pieces, some of which are cut: their parts are known more often.
+    #[inline(never)]
+    fn take_parts(&mut self, text: &[u8], pieces: &[Piece]) {
+        let (mut parts, mut places) = ([(0, 0); BATCH], [0; PLACES]);
+        let mut count = 0;
+        for &piece in pieces {
+            let (mut start, end) = piece;
+            let cuts = match self.model {
+                Model::Bpe(bpe) if end - start > LONGEST && self.model.may_cut(text, piece) => {
+                    bpe.cut(text, piece, &mut places)
+                }
+                _ => 0,
+            };
+            for end in places[..cuts].iter().copied().chain([end]) {
+                parts[count] = (start, end);
+                let Scratch { short, long, sought, .. } = &mut *self.scratch;
+                sought[count] = seek(short, long, text, (start, end));
+                (start, count) = (end, count + 1);
+                if count == BATCH {
+                    self.take_sought(text, &parts);
+                    count = 0;
+                }
+            }
+        }
+        self.take_sought(text, &parts[..count]);
+    }
+}
+
+impl Sink for Encoder<'_> {
+    #[inline]
+    fn take(&mut self, text: &[u8], pieces: &[Piece]) -> Result<()> {
+        match self.scratch.seek(text, pieces, |piece| self.model.may_cut(text, piece)) {
+            true => self.take_sought(text, pieces),
+            false => self.take_parts(text, pieces),
         }
         if let Some(counted) = &mut self.counted {
             *counted += self.out.len();

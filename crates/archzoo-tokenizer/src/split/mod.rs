@@ -5,9 +5,12 @@ pub mod regex;
 mod scan;
 mod window;
 
+use archzoo_simd::InstructionSet;
+
 use crate::classes::{self, Table};
 use crate::error::Result;
 use regex::Step;
+use window::Bytes;
 
 /// The regex of GPT-2.
 pub const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -79,6 +82,43 @@ impl Family {
             _ => None,
         }
     }
+
+    #[inline(always)]
+    fn table(self) -> &'static Table {
+        match self {
+            Self::DeepSeek => classes::deepseek(),
+            _ => classes::unicode(),
+        }
+    }
+
+    /// A bit for each place in the window at `at` where a piece starts, if they can be told.
+    #[inline(always)]
+    fn starts<B: Bytes>(self, table: &Table, text: &[u8], at: usize) -> Option<u64> {
+        match self {
+            Self::Gpt2 => window::gpt2::<B, false>(table, text, at),
+            Self::Gpt2Digit => window::gpt2::<B, true>(table, text, at),
+            Self::Llama3 | Self::Cl100k => window::cl100k::<B, 3>(table, text, at),
+            Self::Qwen => window::cl100k::<B, 1>(table, text, at),
+            Self::O200k => window::o200k::<B, 3, true>(table, text, at),
+            Self::Tekken => window::o200k::<B, 1, false>(table, text, at),
+            Self::DeepSeek => window::deepseek::<B>(table, text, at),
+        }
+    }
+
+    /// The end of the piece that starts at `at`.
+    #[inline(always)]
+    fn next(self, table: &Table, text: &[u8], at: usize) -> usize {
+        match self {
+            Self::Gpt2 => families::gpt2::<false>(table, text, at),
+            Self::Gpt2Digit => families::gpt2::<true>(table, text, at),
+            Self::Llama3 => families::cl100k::<3, false>(table, text, at),
+            Self::Cl100k => families::cl100k::<3, true>(table, text, at),
+            Self::Qwen => families::cl100k::<1, false>(table, text, at),
+            Self::O200k => families::o200k::<3, true>(table, text, at),
+            Self::Tekken => families::o200k::<1, false>(table, text, at),
+            Self::DeepSeek => families::deepseek(table, text, at),
+        }
+    }
 }
 
 /// Start and end of a piece in its text.
@@ -126,7 +166,7 @@ impl Splitter {
             Self::Whole if text.is_empty() => Ok(()),
             Self::Whole => sink.take(text.as_bytes(), &[(0, text.len())]),
             Self::Words(mark) => split_words(mark, text, sink),
-            Self::Family(family) => split_family(*family, text.as_bytes(), sink),
+            Self::Family(family) => split_family(InstructionSet::current(), *family, text.as_bytes(), sink),
             Self::Steps(steps) => {
                 let mut pieces = vec![(0, text.len())];
                 for step in steps {
@@ -183,31 +223,67 @@ fn split_words(mark: &str, text: &str, sink: &mut impl Sink) -> Result<()> {
     sink.take(text.as_bytes(), &batch[..count])
 }
 
-/// Hands over all pieces of a window at once, and where there is none, or no start in it, some of them by `next`.
+fn split_family(set: InstructionSet, family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+        fn avx2(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
+            split_family_by::<window::Avx2>(family, text, sink)
+        }
+
+        #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl")]
+        fn avx512(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
+            split_family_by::<window::Avx512>(family, text, sink)
+        }
+
+        match set {
+            // SAFETY: The processor has these instructions.
+            InstructionSet::Avx512 if set.is_supported() => return unsafe { avx512(family, text, sink) },
+            // SAFETY: As above.
+            InstructionSet::Avx2 if set.is_supported() => return unsafe { avx2(family, text, sink) },
+            _ => {}
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = set;
+    split_family_by::<window::Sse2>(family, text, sink)
+}
+
+/// A loop for each family.
 #[inline(always)]
-fn split_windows(
-    table: &Table,
-    text: &[u8],
-    sink: &mut impl Sink,
-    starts: impl Fn(&Table, &[u8], usize) -> Option<u64>,
-    next: impl Fn(&Table, &[u8], usize) -> usize,
-) -> Result<()> {
+fn split_family_by<B: Bytes>(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
+    match family {
+        Family::Gpt2 => split_windows::<B>(Family::Gpt2, text, sink),
+        Family::Gpt2Digit => split_windows::<B>(Family::Gpt2Digit, text, sink),
+        Family::Llama3 => split_windows::<B>(Family::Llama3, text, sink),
+        Family::Qwen => split_windows::<B>(Family::Qwen, text, sink),
+        Family::Cl100k => split_windows::<B>(Family::Cl100k, text, sink),
+        Family::O200k => split_windows::<B>(Family::O200k, text, sink),
+        Family::Tekken => split_windows::<B>(Family::Tekken, text, sink),
+        Family::DeepSeek => split_windows::<B>(Family::DeepSeek, text, sink),
+    }
+}
+
+/// Hands over all pieces of a window at once, and where there is none, or no start in it, some of them one by one.
+#[inline(always)]
+fn split_windows<B: Bytes>(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
     /// Pieces found one by one before a window is tried again.
     const SOME: usize = 8;
 
+    let table = family.table();
     let mut at = 0;
     let mut batch = [(0, 0); BATCH];
     while at < text.len() {
         let mut count = 0;
         while count + window::WIDTH <= BATCH && at < text.len() {
             let base = at;
-            let mut ends = starts(table, text, base).unwrap_or(0) & !1;
+            let mut ends = family.starts::<B>(table, text, base).unwrap_or(0) & !1;
             if ends == 0 {
                 for place in &mut batch[count..count + SOME] {
                     if at == text.len() {
                         break;
                     }
-                    let end = next(table, text, at);
+                    let end = family.next(table, text, at);
                     *place = (at, end);
                     count += 1;
                     at = end;
@@ -224,30 +300,6 @@ fn split_windows(
         sink.take(text, &batch[..count])?;
     }
     Ok(())
-}
-
-fn split_family(family: Family, text: &[u8], sink: &mut impl Sink) -> Result<()> {
-    let unicode = classes::unicode();
-    match family {
-        Family::Gpt2 => split_windows(unicode, text, sink, window::gpt2::<false>, families::gpt2::<false>),
-        Family::Gpt2Digit => split_windows(unicode, text, sink, window::gpt2::<true>, families::gpt2::<true>),
-        Family::Llama3 => {
-            split_windows(unicode, text, sink, window::cl100k::<3>, families::cl100k::<3, false>)
-        }
-        Family::Qwen => split_windows(unicode, text, sink, window::cl100k::<1>, families::cl100k::<1, false>),
-        Family::Cl100k => {
-            split_windows(unicode, text, sink, window::cl100k::<3>, families::cl100k::<3, true>)
-        }
-        Family::O200k => {
-            split_windows(unicode, text, sink, window::o200k::<3, true>, families::o200k::<3, true>)
-        }
-        Family::Tekken => {
-            split_windows(unicode, text, sink, window::o200k::<1, false>, families::o200k::<1, false>)
-        }
-        Family::DeepSeek => {
-            split_windows(classes::deepseek(), text, sink, window::deepseek, families::deepseek)
-        }
-    }
 }
 
 #[cfg(test)]
@@ -306,6 +358,18 @@ mod tests {
         ends.0
     }
 
+    /// The same by hand, with whatever instructions.
+    fn ends_by_hand(family: Family, text: &str) -> Vec<usize> {
+        let mut found = InstructionSet::ALL.iter().filter(|set| set.is_supported()).map(|&set| {
+            let mut ends = Ends(Vec::new());
+            split_family(set, family, text.as_bytes(), &mut ends).unwrap();
+            ends.0
+        });
+        let first = found.next().unwrap();
+        found.for_each(|ends| assert_eq!(ends, first, "{family:?} {text:?}"));
+        first
+    }
+
     fn regexes() -> &'static [(Family, Splitter)] {
         static ALL: OnceLock<Vec<(Family, Splitter)>> = OnceLock::new();
         ALL.get_or_init(|| Family::ALL.map(|f| (f, Splitter::Steps(f.steps().unwrap()))).into())
@@ -314,7 +378,7 @@ mod tests {
     fn compare(text: &str) {
         for (family, regex) in regexes() {
             let by_hand = Splitter::Family(*family);
-            let found = ends(&by_hand, text);
+            let found = ends_by_hand(*family, text);
             assert_eq!(found, ends(regex, text), "{family:?} {text:?}");
             assert_eq!(ends_of_parts(&by_hand, text), found, "parts: {family:?} {text:?}");
         }
@@ -358,7 +422,6 @@ mod tests {
         let chars: Vec<char> = ('\0'..=char::MAX).filter(decides).collect();
         assert!(chars.len() > 3000);
         for (family, regex) in regexes() {
-            let by_hand = Splitter::Family(*family);
             for some in chars.chunks(16) {
                 let mut text = String::new();
                 for c in some {
@@ -366,7 +429,7 @@ mod tests {
                         text.push_str(&context.replace("{}", c.encode_utf8(&mut [0; 4])));
                     }
                 }
-                let (found, expected) = (ends(&by_hand, &text), ends(regex, &text));
+                let (found, expected) = (ends_by_hand(*family, &text), ends(regex, &text));
                 if let Some(at) = found.iter().zip(&expected).position(|(a, b)| a != b) {
                     let start = if at == 0 { 0 } else { found[at - 1] };
                     let pieces = (&text[start..found[at]], &text[start..expected[at]]);
@@ -389,7 +452,7 @@ mod tests {
     /// Mostly characters that decide something, some of them several times.
     fn hostile() -> impl Strategy<Value = String> {
         let few = prop::sample::select(
-            "aAbzZsStTmdrRevElLſK019½٣一龥あア・゛\u{3040}ㄱ日éÉßǅʰ\u{301}\u{fe0f}\u{200d}👍🏽🇩.,'’\"/-_<|>$€©! \t\r\n\u{a0}\u{2028}\u{3000}\0\u{7f}\u{85}\u{ad}\u{e000}\u{378}\u{10ffff}"
+            "aAbzZsStTmdrRevElLſK019½٣\u{4dff}一龥\u{9f7f}\u{9f80}あア・゛\u{3040}ㄱ日éÉßǅʰ\u{301}\u{fe0f}\u{200d}👍🏽🇩.,'’\"/-_<|>$€©! \t\r\n\u{a0}\u{2028}\u{3000}\0\u{7f}\u{85}\u{ad}\u{e000}\u{378}\u{10ffff}"
                 .chars()
                 .collect::<Vec<_>>(),
         );

@@ -29,102 +29,272 @@ struct Window {
     han: u64,
 }
 
-/// Characters of three bytes, told by the first, that have one class in each table: most of the Chinese ones.
-const HAN: std::ops::RangeInclusive<u8> = 0xe5..=0xe8;
-/// One of them.
-const ONE_HAN: usize = 0x5000;
+/// Bytes of a character, at most.
+const LONGEST: usize = 4;
+/// Characters that have one class in each table: the Chinese ones.
+const HAN: std::ops::RangeInclusive<usize> = 0x4e00..=0x9f7f;
 
-/// The window of 64 bytes as if all were ASCII.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn ascii(text: &[u8; WIDTH]) -> Option<Window> {
-    use std::arch::x86_64::{
-        __m128i, _mm_add_epi8, _mm_cmpeq_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_movemask_epi8,
-        _mm_or_si128, _mm_set1_epi8,
-    };
+/// The bytes of a window, to tell some from the others; each bit is for one.
+pub trait Bytes: Copy {
+    /// None where it is not written for the processor: pieces are then found one by one.
+    fn load(text: &[u8; WIDTH]) -> Option<Self>;
+    /// With the bit set that lower case letters have.
+    fn lower(self) -> Self;
+    /// The bytes from `first` to `last`.
+    fn between(self, first: u8, last: u8) -> u64;
+    /// Those with this bit set.
+    fn with(self, bit: u8) -> u64;
 
-    /// The bytes that `is_in` makes all ones, or of which it sets the first bit.
+    /// Those that are this one.
     #[inline(always)]
-    fn mask(text: &[u8; WIDTH], is_in: impl Fn(__m128i) -> __m128i) -> u64 {
-        let (blocks, _) = text.as_chunks::<16>();
-        let mask = |i: usize| {
-            // SAFETY: SSE2 is part of x86-64 and the load is of 16 bytes that are there.
-            unsafe { u64::from(_mm_movemask_epi8(is_in(_mm_loadu_si128(blocks[i].as_ptr().cast()))) as u16) }
-        };
-        mask(0) | mask(1) << 16 | mask(2) << 32 | mask(3) << 48
+    fn is(self, byte: u8) -> u64 {
+        self.between(byte, byte)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use super::{Bytes, WIDTH};
+    use std::arch::x86_64::*;
+
+    /// By what every processor has.
+    #[derive(Clone, Copy)]
+    pub struct Sse2([__m128i; 4]);
+
+    /// For functions compiled for AVX2.
+    #[derive(Clone, Copy)]
+    pub struct Avx2([__m256i; 2]);
+
+    /// For functions compiled for AVX-512 BW.
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512i);
+
+    // SAFETY, here and below: loads are of bytes that are there, and whoever uses a type has its instructions.
+    impl Bytes for Sse2 {
+        #[inline(always)]
+        fn with(self, bit: u8) -> u64 {
+            let mask = |i: usize| unsafe {
+                let set =
+                    _mm_cmpeq_epi8(_mm_and_si128(self.0[i], _mm_set1_epi8(bit as i8)), _mm_setzero_si128());
+                u64::from(_mm_movemask_epi8(set) as u32) << (16 * i)
+            };
+            !(mask(0) | mask(1) | mask(2) | mask(3))
+        }
+
+        #[inline(always)]
+        fn load(text: &[u8; WIDTH]) -> Option<Self> {
+            let place = text.as_ptr().cast::<__m128i>();
+            Some(Self([0, 1, 2, 3].map(|i| unsafe { _mm_loadu_si128(place.add(i)) })))
+        }
+
+        #[inline(always)]
+        fn lower(self) -> Self {
+            Self(self.0.map(|bytes| unsafe { _mm_or_si128(bytes, _mm_set1_epi8(0x20)) }))
+        }
+
+        #[inline(always)]
+        fn between(self, first: u8, last: u8) -> u64 {
+            // The range is moved to the least signed bytes.
+            let mask = |i: usize| unsafe {
+                let moved = _mm_add_epi8(self.0[i], _mm_set1_epi8(0x80u8.wrapping_sub(first) as i8));
+                let end = _mm_set1_epi8(0x81u8.wrapping_add(last - first) as i8);
+                u64::from(_mm_movemask_epi8(_mm_cmplt_epi8(moved, end)) as u32) << (16 * i)
+            };
+            mask(0) | mask(1) | mask(2) | mask(3)
+        }
+
+        #[inline(always)]
+        fn is(self, byte: u8) -> u64 {
+            let mask = |i: usize| unsafe {
+                let same = _mm_cmpeq_epi8(self.0[i], _mm_set1_epi8(byte as i8));
+                u64::from(_mm_movemask_epi8(same) as u32) << (16 * i)
+            };
+            mask(0) | mask(1) | mask(2) | mask(3)
+        }
     }
 
-    // SAFETY: SSE2 is part of x86-64, here and below.
-    let all = |byte: u8| unsafe { _mm_set1_epi8(byte as i8) };
-    let is = |byte: u8| mask(text, |b| unsafe { _mm_cmpeq_epi8(b, all(byte)) });
-    // The range is moved to the least signed bytes.
-    let between = |b, first: u8, last: u8| unsafe {
-        _mm_cmplt_epi8(
-            _mm_add_epi8(b, all(0x80u8.wrapping_sub(first))),
-            all(0x80u8.wrapping_add(last - first + 1)),
-        )
-    };
-    let letter = mask(text, |b| between(unsafe { _mm_or_si128(b, all(0x20)) }, b'a', b'z'));
-    let upper = mask(text, |b| between(b, b'A', b'Z'));
-    let number = mask(text, |b| between(b, b'0', b'9'));
-    let blank = is(b' ');
-    let wide = mask(text, |b| b);
+    impl Bytes for Avx2 {
+        #[inline(always)]
+        fn with(self, bit: u8) -> u64 {
+            let mask = |i: usize| unsafe {
+                let set = _mm256_cmpeq_epi8(
+                    _mm256_and_si256(self.0[i], _mm256_set1_epi8(bit as i8)),
+                    _mm256_setzero_si256(),
+                );
+                u64::from(_mm256_movemask_epi8(set) as u32) << (32 * i)
+            };
+            !(mask(0) | mask(1))
+        }
+
+        #[inline(always)]
+        fn load(text: &[u8; WIDTH]) -> Option<Self> {
+            let place = text.as_ptr().cast::<__m256i>();
+            Some(Self([0, 1].map(|i| unsafe { _mm256_loadu_si256(place.add(i)) })))
+        }
+
+        #[inline(always)]
+        fn lower(self) -> Self {
+            Self(self.0.map(|bytes| unsafe { _mm256_or_si256(bytes, _mm256_set1_epi8(0x20)) }))
+        }
+
+        #[inline(always)]
+        fn between(self, first: u8, last: u8) -> u64 {
+            let mask = |i: usize| unsafe {
+                let moved = _mm256_add_epi8(self.0[i], _mm256_set1_epi8(0x80u8.wrapping_sub(first) as i8));
+                let end = _mm256_set1_epi8(0x81u8.wrapping_add(last - first) as i8);
+                u64::from(_mm256_movemask_epi8(_mm256_cmpgt_epi8(end, moved)) as u32) << (32 * i)
+            };
+            mask(0) | mask(1)
+        }
+
+        #[inline(always)]
+        fn is(self, byte: u8) -> u64 {
+            let mask = |i: usize| unsafe {
+                let same = _mm256_cmpeq_epi8(self.0[i], _mm256_set1_epi8(byte as i8));
+                u64::from(_mm256_movemask_epi8(same) as u32) << (32 * i)
+            };
+            mask(0) | mask(1)
+        }
+    }
+
+    impl Bytes for Avx512 {
+        #[inline(always)]
+        fn with(self, bit: u8) -> u64 {
+            unsafe { _mm512_test_epi8_mask(self.0, _mm512_set1_epi8(bit as i8)) }
+        }
+
+        #[inline(always)]
+        fn load(text: &[u8; WIDTH]) -> Option<Self> {
+            Some(Self(unsafe { _mm512_loadu_si512(text.as_ptr().cast()) }))
+        }
+
+        #[inline(always)]
+        fn lower(self) -> Self {
+            Self(unsafe { _mm512_or_si512(self.0, _mm512_set1_epi8(0x20)) })
+        }
+
+        #[inline(always)]
+        fn between(self, first: u8, last: u8) -> u64 {
+            unsafe {
+                let moved = _mm512_sub_epi8(self.0, _mm512_set1_epi8(first as i8));
+                _mm512_cmple_epu8_mask(moved, _mm512_set1_epi8((last - first) as i8))
+            }
+        }
+
+        #[inline(always)]
+        fn is(self, byte: u8) -> u64 {
+            unsafe { _mm512_cmpeq_epi8_mask(self.0, _mm512_set1_epi8(byte as i8)) }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{Avx2, Avx512, Sse2};
+
+/// Of other processors.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Clone, Copy)]
+pub enum Sse2 {}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Bytes for Sse2 {
+    fn load(_: &[u8; WIDTH]) -> Option<Self> {
+        None
+    }
+
+    fn lower(self) -> Self {
+        self
+    }
+
+    fn between(self, _: u8, _: u8) -> u64 {
+        match self {}
+    }
+
+    fn with(self, _: u8) -> u64 {
+        match self {}
+    }
+}
+
+/// The window of 64 bytes as if all were ASCII.
+#[inline(always)]
+fn ascii<B: Bytes>(text: &[u8; WIDTH]) -> Option<Window> {
+    let bytes = B::load(text)?;
+    let letter = bytes.lower().between(b'a', b'z');
+    let upper = bytes.between(b'A', b'Z');
+    let number = bytes.between(b'0', b'9');
+    let blank = bytes.is(b' ');
+    let wide = bytes.between(0x80, 0xff);
+    let tail = bytes.between(0x80, 0xbf);
+    let mut han = 0;
+    if wide != 0 {
+        let (low, high) = (bytes.between(0xb8, 0xbf) >> 1, bytes.between(0x80, 0xbd) >> 1);
+        han = bytes.is(0xe4) & low | bytes.between(0xe5, 0xe8) | bytes.is(0xe9) & high;
+    }
     Some(Window {
         letter,
         number,
-        space: blank | mask(text, |b| between(b, b'\t', b'\r')),
-        newline: is(b'\n') | is(b'\r'),
-        symbol: mask(text, |b| between(b, b'!', b'~')) & !letter & !number,
+        space: blank | bytes.between(b'\t', b'\r'),
+        newline: bytes.is(b'\n') | bytes.is(b'\r'),
+        symbol: bytes.between(b'!', b'~') & !letter & !number,
         mark: 0,
         upper,
         lower: letter & !upper,
         blank,
-        quote: is(b'\''),
-        slash: is(b'/'),
+        quote: bytes.is(b'\''),
+        slash: bytes.is(b'/'),
         wide,
-        tail: mask(text, |b| unsafe { _mm_cmplt_epi8(b, all(0xc0)) }),
-        han: if wide == 0 { 0 } else { mask(text, |b| between(b, *HAN.start(), *HAN.end())) },
+        tail,
+        han,
     })
 }
 
-/// None where it is not written for the processor: pieces are then found one by one.
-#[cfg(not(target_arch = "x86_64"))]
-fn ascii(_: &[u8; WIDTH]) -> Option<Window> {
-    None
+/// The classes of characters of several bytes.
+struct Kinds<B> {
+    /// Of those at `others`.
+    bytes: B,
+    others: u64,
+    /// Of those at `han`.
+    class: u8,
+    han: u64,
+}
+
+impl<B: Bytes> Kinds<B> {
+    // No closure: that would not be compiled for the instructions of its function.
+    #[inline(always)]
+    fn with(&self, bit: u8) -> u64 {
+        self.bytes.with(bit) & self.others | if self.class & bit != 0 { self.han } else { 0 }
+    }
 }
 
 impl Window {
     /// The window at `at`; none if fewer than [`WIDTH`] bytes are left.
     #[inline(always)]
-    fn new(table: &Table, text: &[u8], at: usize) -> Option<Self> {
-        let mut window = ascii(text[at..].first_chunk()?)?;
+    fn new<B: Bytes>(table: &Table, text: &[u8], at: usize) -> Option<Self> {
+        let mut window = ascii::<B>(text[at..].first_chunk()?)?;
         if window.wide == 0 {
             return Some(window);
         }
-        let han = window.han;
-        window.add(table[ONE_HAN], han | han << 1 | han << 2);
-        let mut leads = window.wide & !window.tail & !han;
+        let han = window.han | window.han << 1 | window.han << 2;
+        let others = window.wide & !han;
+        let mut classes = [0; WIDTH + LONGEST];
+        let mut leads = others & !window.tail;
         while leads != 0 {
             let i = leads.trailing_zeros() as usize;
             leads &= leads - 1;
-            let (c, length) = decode(text, at + i);
-            window.add(table[c], ((1 << length) - 1) << i);
+            // What is behind the character is written again, or left out below.
+            classes[i..i + LONGEST].fill(table[decode(text, at + i).0]);
         }
+        let kinds =
+            Kinds { bytes: B::load(classes.first_chunk()?)?, others, class: table[*HAN.start()], han };
+        window.letter |= kinds.with(LETTER);
+        window.number |= kinds.with(NUMBER);
+        window.space |= kinds.with(SPACE);
+        window.newline |= kinds.with(NEWLINE);
+        window.symbol |= kinds.with(SYMBOL);
+        window.mark |= kinds.with(MARK);
+        window.upper |= kinds.with(UPPER);
+        window.lower |= kinds.with(LOWER);
         Some(window)
-    }
-
-    /// Gives bytes a class.
-    #[inline(always)]
-    fn add(&mut self, class: u8, bytes: u64) {
-        let of = |bit: u8| if class & bit != 0 { bytes } else { 0 };
-        self.letter |= of(LETTER);
-        self.number |= of(NUMBER);
-        self.space |= of(SPACE);
-        self.newline |= of(NEWLINE);
-        self.symbol |= of(SYMBOL);
-        self.mark |= of(MARK);
-        self.upper |= of(UPPER);
-        self.lower |= of(LOWER);
     }
 
     /// Neither letter nor number nor white space.
@@ -238,8 +408,8 @@ fn runs_from(starts: u64, runs: u64) -> u64 {
 
 /// A bit for each place in the window where a piece of [`families::gpt2`](crate::split::families::gpt2) starts.
 #[inline(always)]
-pub fn gpt2<const DIGIT: bool>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
-    let w = Window::new(table, text, at)?;
+pub fn gpt2<B: Bytes, const DIGIT: bool>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
+    let w = Window::new::<B>(table, text, at)?;
     let after_blank = w.blank << 1;
     let other = w.other();
     let others = first(other) & !after_blank;
@@ -251,8 +421,8 @@ pub fn gpt2<const DIGIT: bool>(table: &Table, text: &[u8], at: usize) -> Option<
 
 /// The same for [`families::cl100k`](crate::split::families::cl100k), with or without its end.
 #[inline(always)]
-pub fn cl100k<const DIGITS: usize>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
-    let w = Window::new(table, text, at)?;
+pub fn cl100k<B: Bytes, const DIGITS: usize>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
+    let w = Window::new::<B>(table, text, at)?;
     let other = w.other();
     let others = first(other) & !(w.blank << 1);
     let ended = runs_from(w.newline & other << 1, w.newline);
@@ -265,12 +435,12 @@ pub fn cl100k<const DIGITS: usize>(table: &Table, text: &[u8], at: usize) -> Opt
 
 /// The same for [`families::o200k`](crate::split::families::o200k).
 #[inline(always)]
-pub fn o200k<const DIGITS: usize, const CONTRACTIONS: bool>(
+pub fn o200k<B: Bytes, const DIGITS: usize, const CONTRACTIONS: bool>(
     table: &Table,
     text: &[u8],
     at: usize,
 ) -> Option<u64> {
-    let w = Window::new(table, text, at)?;
+    let w = Window::new::<B>(table, text, at)?;
     let caseless = w.letter & !(w.upper | w.lower);
     let other = w.other();
     let others = first(other) & !(w.blank << 1);
@@ -293,8 +463,8 @@ pub fn o200k<const DIGITS: usize, const CONTRACTIONS: bool>(
 
 /// The same for [`families::deepseek`](crate::split::families::deepseek).
 #[inline(always)]
-pub fn deepseek(table: &Table, text: &[u8], at: usize) -> Option<u64> {
-    let w = Window::new(table, text, at)?;
+pub fn deepseek<B: Bytes>(table: &Table, text: &[u8], at: usize) -> Option<u64> {
+    let w = Window::new::<B>(table, text, at)?;
     // Case is not in this table, and ASCII has none of these.
     let (cjk_word, cjk_symbol) = (w.upper & w.wide, w.lower & w.wide);
     let word = w.letter | w.mark;
@@ -329,13 +499,16 @@ mod tests {
     use crate::classes;
 
     #[test]
-    fn most_chinese_characters_have_one_class() {
+    fn chinese_characters_have_one_class() {
         for table in [classes::unicode(), classes::deepseek()] {
-            assert!(table[0x5000..0x9000].iter().all(|&class| class == table[ONE_HAN]));
+            assert!(table[HAN].iter().all(|&class| class == table[*HAN.start()]));
         }
-        let first = |c: char| c.encode_utf8(&mut [0; 4]).as_bytes()[0];
-        assert_eq!([first('\u{5000}'), first('\u{8fff}')], [*HAN.start(), *HAN.end()]);
-        assert!(!HAN.contains(&first('\u{4fff}')) && !HAN.contains(&first('\u{9000}')));
+        for code in (0x800..0x1_0000).filter_map(char::from_u32) {
+            let text = format!("{code}{}", "x".repeat(WIDTH));
+            let window = text.as_bytes().first_chunk().and_then(ascii::<Sse2>);
+            let Some(window) = window else { return };
+            assert_eq!(window.han, u64::from(HAN.contains(&(code as usize))), "{code:?}");
+        }
     }
 
     #[test]
@@ -345,7 +518,7 @@ mod tests {
             (1..0x2100).filter_map(char::from_u32).chain("一中国語あ👍½٣\u{3000}".chars()).collect();
         let text = text + &"x".repeat(WIDTH);
         for (at, _) in text.char_indices() {
-            let Some(w) = Window::new(table, text.as_bytes(), at) else { break };
+            let Some(w) = Window::new::<Sse2>(table, text.as_bytes(), at) else { break };
             for (i, c) in text[at..].char_indices().take_while(|(i, _)| *i < WIDTH) {
                 for (bit, mask) in [
                     (LETTER, w.letter),
