@@ -15,7 +15,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,6 @@ from corpus import documents
 
 import archzoo
 from archzoo.data import write_pack
-
-
-@dataclass
-class Ids:
-    ids: Any
-    offsets: Any
 
 
 class Free:

@@ -284,7 +284,7 @@ def batch_times(path: Path, files: list[Path]) -> tuple[float, float]:
 
 
 def print_scaling(names: list[str], files: list[Path], rounds: int) -> None:
-    """What a second thread gives for 2 KB documents: one and two of them in turn, each in a process of its own."""
+    """What a second thread gives for 2 KB documents: processes of one and of two, in turn."""
     processes = {}
     for threads in (1, 2):
         os.environ["RAYON_NUM_THREADS"] = str(threads)

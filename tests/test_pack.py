@@ -237,6 +237,40 @@ def test_parquet_and_zstd(tmp_path: Path) -> None:
         write_pack([tmp_path], Bytes(), tmp_path / "no")
 
 
+def test_rows_come_in_blocks_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(documents, "BLOCK", 1000)
+    texts = ["x" * random.Random(i).randint(0, 700) for i in range(500)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    blocks = [list(block.texts) for block in documents.Documents(tmp_path / "a.parquet")]
+    assert [text for block in blocks for text in block] == texts
+    sizes = [sum(map(len, block)) for block in blocks]
+    assert max(sizes) < 1700
+    assert min(sizes[:-1]) >= 1000
+
+
+def test_folders_may_be_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    deep = [Path(*["d"] * depth) for depth in range(1, 1501)]
+    try:
+        for path in deep:
+            path.mkdir()
+        (deep[-1] / "a.txt").write_text("a")
+        assert [file.path for file in documents.input_files(["."])] == [str(deep[-1] / "a.txt")]
+        (deep[-1] / "a.txt").unlink()
+    finally:  # pytest would do it by recursion
+        for path in reversed(deep):
+            path.rmdir()
+
+
+def test_names_are_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.txt")
+    path.write_text("a")
+    for given in (path, tmp_path):
+        with pytest.raises(InputError, match="a name that is not UTF-8"):
+            documents.input_files([given])
+
+
 def test_a_damaged_zstd_file_is_named(tmp_path: Path) -> None:
     """Wherever it was cut: a text that lacks its end looks like a whole one."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -390,6 +390,10 @@ def test_documents_have_ids_that_fit(files: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="id 65536 is above 65535"):
         ours.encode_documents(["a"], "uint16", 65536)
     assert ours.encode_documents(["a"], "uint32", 65536)[0][-1] == 65536
+    with pytest.raises(InputError, match="dtype must be uint16 or uint32, found 'int64'"):
+        ours.encode_documents(["a"], "int64")  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        ours.encode_documents(["a"], "uint16", -1)
 
 
 @pytest.mark.parametrize("name", NAMES)

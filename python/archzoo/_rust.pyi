@@ -92,13 +92,13 @@ def text_start(content: bytes, whole: bool) -> tuple[Texts, int]:
     """
 
 def file_texts(files: Sequence[tuple[str | os.PathLike[str], int]]) -> tuple[Texts, list[str]]:
-    """The texts of whole files, told by their paths and about how many bytes they have; each one's xxh3-128.
+    """The texts of whole files, given by their paths and about how many bytes they have; each one's xxh3-128.
 
     OSError or ValueError names the one that cannot be read or is not UTF-8.
     """
 
 def list_files(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The files in a folder and those in it whose names end so, in the order of their paths.
+    """The files in a folder and those in it whose names end so, each folder by name.
 
     Each with its bytes and the time of their last change in ns. Links lead to files, not to folders. OSError
     names what cannot be read.
@@ -257,7 +257,7 @@ class Tokenizer:
     def encode_documents(
         self, texts: list[str] | Texts, is_wide: bool, eos: int | None, ends: bool
     ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Ids of documents `[N]` and offsets `[n + 1]`, made by this thread alone.
+        """Ids of documents `[N]` and offsets `[n + 1]`, made by this thread alone unless a document is long.
 
         After each document comes `eos`; after the last one only if it `ends` here.
         """

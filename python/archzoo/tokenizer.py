@@ -186,9 +186,11 @@ class Tokenizer:
             eos: An id that comes after each document.
             ends: Whether the last document ends here, and `eos` comes after it too.
         """
+        if dtype not in ("uint16", "uint32"):
+            raise InputError(f"dtype must be uint16 or uint32, found {dtype!r}")
         try:
             return self._native.encode_documents(texts, dtype == "uint32", eos, ends)
-        except _rust.TokenizerError as error:
+        except (_rust.TokenizerError, OverflowError) as error:
             raise InputError(str(error)) from None
 
     def count(

@@ -1,10 +1,9 @@
 //! The files of a folder.
 
-use std::ffi::OsString;
 use std::fs::{self, DirEntry, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
@@ -13,44 +12,65 @@ use rayon::prelude::*;
 use crate::pool;
 
 /// A path, the bytes there, and the time of their last change in ns.
-type Listed = (OsString, u64, u64);
+type Listed = (String, u64, i64);
 
-/// The files in a folder and those in it whose names end in one of `suffixes`, in the order of their paths. Links lead to
-/// files, not to folders.
+enum Entry {
+    Folder(PathBuf),
+    File(Listed),
+}
+
+/// The files in a folder and those in it whose names end in one of `suffixes`: each folder by name, what is in a folder at
+/// its place. Links lead to files, not to folders.
 #[pyfunction]
 pub fn list_files(py: Python, folder: PathBuf, suffixes: Vec<String>) -> PyResult<Vec<Listed>> {
     py.detach(|| pool::run(|| list(&folder, &suffixes)))?.map_err(PyOSError::new_err)
 }
 
 fn list(folder: &Path, suffixes: &[String]) -> Result<Vec<Listed>, String> {
-    let entries = fs::read_dir(folder).and_then(Iterator::collect);
-    let mut entries: Vec<DirEntry> = entries.map_err(|e| failed(folder, &e))?;
-    entries.sort_by_cached_key(DirEntry::file_name);
-    let listed = entries.into_par_iter().with_min_len(64).map(|entry| {
+    let mut files = Vec::new();
+    // No recursion: a folder may be deeper than a stack.
+    let mut open = vec![entries(folder, suffixes)?.into_iter()];
+    while let Some(here) = open.last_mut() {
+        match here.next() {
+            Some(Entry::File(file)) => files.push(file),
+            Some(Entry::Folder(inner)) => open.push(entries(&inner, suffixes)?.into_iter()),
+            None => _ = open.pop(),
+        }
+    }
+    Ok(files)
+}
+
+/// What is in one folder, by name.
+fn entries(folder: &Path, suffixes: &[String]) -> Result<Vec<Entry>, String> {
+    let found = fs::read_dir(folder).and_then(Iterator::collect);
+    let mut found: Vec<DirEntry> = found.map_err(|e| failed(folder, &e))?;
+    found.sort_by_cached_key(DirEntry::file_name);
+    let entries = found.into_par_iter().with_min_len(64).map(|entry| {
         let path = entry.path();
         let kind = entry.file_type().map_err(|e| failed(&path, &e))?;
         if kind.is_dir() {
-            return list(&path, suffixes);
+            return Ok(Some(Entry::Folder(path)));
         }
         let name = entry.file_name();
         if !suffixes.iter().any(|suffix| name.as_encoded_bytes().ends_with(suffix.as_bytes())) {
-            return Ok(Vec::new());
+            return Ok(None);
         }
-        if kind.is_symlink() {
+        let found = match kind.is_symlink() {
             // One that leads nowhere, or to itself, is no file.
-            let found = fs::metadata(&path).ok().filter(Metadata::is_file);
-            return Ok(found.map(|found| described(&path, &found)).into_iter().collect());
-        }
-        let found = entry.metadata().map_err(|e| failed(&path, &e))?;
-        Ok(if found.is_file() { vec![described(&path, &found)] } else { Vec::new() })
+            true => fs::metadata(&path).ok(),
+            false => Some(entry.metadata().map_err(|e| failed(&path, &e))?),
+        };
+        found.filter(Metadata::is_file).map(|found| described(&path, &found)).transpose()
     });
-    Ok(listed.collect::<Result<Vec<_>, _>>()?.concat())
+    let entries: Vec<_> = entries.collect::<Result<_, String>>()?;
+    Ok(entries.into_iter().flatten().collect())
 }
 
-fn described(path: &Path, found: &Metadata) -> Listed {
-    let changed = found.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+fn described(path: &Path, found: &Metadata) -> Result<Entry, String> {
     let path = path.strip_prefix(".").unwrap_or(path);
-    (path.into(), found.len(), changed.map_or(0, |age| age.as_nanos() as u64))
+    let name = path.to_str().ok_or_else(|| format!("{}: a name that is not UTF-8", path.display()))?;
+    let changed = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
+    Ok(Entry::File((name.to_owned(), found.len(), changed)))
 }
 
 fn failed(path: &Path, error: &io::Error) -> String {

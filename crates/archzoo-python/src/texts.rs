@@ -112,12 +112,13 @@ fn line_start(text: &str) -> usize {
 #[pyfunction]
 pub fn file_texts(py: Python, files: Vec<(PathBuf, usize)>) -> PyResult<(Texts, Vec<String>)> {
     py.detach(|| {
-        let size = files.iter().map(|(_, size)| size).sum();
+        let size: usize = files.iter().map(|&(_, size)| size.min(MOST_EXPECTED)).sum();
         let mut texts = Texts { content: String::with_capacity(size), ends: Vec::with_capacity(files.len()) };
         let mut hashes = Vec::with_capacity(files.len());
         let mut buffer = Vec::new();
         for (path, size) in &files {
-            let content = read(path, *size, &mut buffer).map_err(|e| not_read(path, &e))?;
+            let content =
+                read(path, (*size).min(MOST_EXPECTED), &mut buffer).map_err(|e| not_read(path, &e))?;
             let text = simdutf8::compat::from_utf8(content);
             texts.content +=
                 text.map_err(|e| PyValueError::new_err(format!("{}: {}", path.display(), not_utf8(e))))?;
@@ -128,10 +129,13 @@ pub fn file_texts(py: Python, files: Vec<(PathBuf, usize)>) -> PyResult<(Texts, 
     })
 }
 
+/// Bytes that a file is given room for before it is read, at most.
+const MOST_EXPECTED: usize = 1 << 20;
+
 /// The content of a file of about that many bytes. `fs::read` asks the system three times as often.
 fn read<'a>(path: &Path, size: usize, buffer: &'a mut Vec<u8>) -> io::Result<&'a [u8]> {
     let mut file = File::open(path)?;
-    let mut len = 0;
+    let (mut len, mut reads) = (0, 0);
     loop {
         if buffer.len() <= len.max(size) {
             buffer.resize(2 * len.max(size) + 1, 0);
@@ -142,8 +146,9 @@ fn read<'a>(path: &Path, size: usize, buffer: &'a mut Vec<u8>) -> io::Result<&'a
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         }
+        reads += 1;
         // The buffer has room for more, and would have got it if there were more.
-        if len == size {
+        if reads == 1 && len == size {
             return Ok(&buffer[..len]);
         }
     }

@@ -177,8 +177,8 @@ impl PyTokenizer {
         Ok((PyArray1::from_vec(py, ragged.ids), PyArray1::from_vec(py, ragged.offsets)))
     }
 
-    /// Ids of documents one after the other, uint16 or uint32, and their offsets, int64; made by this thread alone. After
-    /// each document comes `eos`; after the last one only if it `ends` here.
+    /// Ids of documents one after the other, uint16 or uint32, and their offsets, int64; made by this thread alone unless a
+    /// document is long. After each document comes `eos`; after the last one only if it `ends` here.
     fn encode_documents<'py>(
         &self,
         py: Python<'py>,

@@ -151,7 +151,7 @@ impl Bpe {
         self.ignore_merges && self.reached.as_ref().is_none_or(|reached| reached.may_be_unreached(piece))
     }
 
-    /// Whether a piece may have parts that are encoded one by one.
+    /// Whether a piece that is longer than a key may have parts that are encoded one by one.
     #[inline]
     pub fn may_cut(&self, piece: &[u8]) -> bool {
         self.borders.is_some() && piece.len() <= LONGEST_CUT && piece[..2].iter().any(|&byte| is_wide(byte))

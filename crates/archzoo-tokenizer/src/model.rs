@@ -230,7 +230,7 @@ impl Encoder<'_> {
         for &piece in pieces {
             let (mut start, end) = piece;
             let cuts = match self.model {
-                Model::Bpe(bpe) if end - start > LONGEST && self.model.may_cut(text, piece) => {
+                Model::Bpe(bpe) if end - start > LONGEST && bpe.may_cut(&text[start..end]) => {
                     bpe.cut(text, piece, &mut places)
                 }
                 _ => 0,

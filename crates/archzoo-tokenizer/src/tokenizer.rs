@@ -315,7 +315,8 @@ impl Tokenizer {
         Ok(Ragged { ids, offsets })
     }
 
-    /// Encodes texts one after the other on this thread; `take` gets each one's ids.
+    /// Encodes texts one after the other on this thread, a long one on those of the current pool, if there is one; `take`
+    /// gets each one's ids.
     pub fn encode_each<'t>(
         &self,
         texts: impl IntoIterator<Item = &'t str>,

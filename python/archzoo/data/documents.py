@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from itertools import starmap
 from pathlib import Path
@@ -17,7 +18,7 @@ from archzoo.errors import InputError
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = (*(a + b for a in TEXT + LINES for b in ("", ".gz", ".zst")), *PARQUET)
 BLOCK = 1 << 21
-"""Bytes that are read at once: enough for all threads, small enough that several fit anywhere."""
+"""Bytes that are read at once, at most."""
 
 
 def _least_block() -> int:
@@ -25,7 +26,7 @@ def _least_block() -> int:
 
 
 def block_size(left: int) -> int:
-    """Bytes to read at once where so many are left: fewer towards the end, so that all threads have work."""
+    """Bytes of a file to read at once where so many are left: fewer at last, for all threads to have work."""
     return max(_least_block(), min(BLOCK, left // (2 * _rust.threads())))
 
 
@@ -45,7 +46,7 @@ class InputFile(NamedTuple):
 
 
 def input_files(inputs: Sequence[str | Path]) -> list[InputFile]:
-    """The files among `inputs` and, sorted by path, those of a known kind in its folders."""
+    """The files among `inputs` and, each folder by name, those of a known kind in its folders."""
     found: list[InputFile] = []
     for path in map(Path, inputs):
         if path.is_dir():
@@ -62,8 +63,16 @@ def input_files(inputs: Sequence[str | Path]) -> list[InputFile]:
             raise InputError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
         else:
             stat = path.stat()
-            found.append(InputFile(str(path), stat.st_size, stat.st_mtime_ns))
+            found.append(InputFile(_utf8(path), stat.st_size, stat.st_mtime_ns))
     return found
+
+
+def _utf8(path: Path) -> str:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{os.fsencode(path)!r}: a name that is not UTF-8") from None
+    return str(path)
 
 
 class HashedFile(io.BufferedReader):
@@ -161,16 +170,22 @@ class Documents:
         parquet = _optional("pyarrow.parquet", self.path)
         try:
             table = parquet.ParquetFile(file)
-            batches = table.iter_batches(batch_size=1024, columns=[self.text_key])
+            batches = table.iter_batches(batch_size=128, columns=[self.text_key])
             if self.text_key not in table.schema_arrow.names:
                 raise InputError(f"{self.path}: no column '{self.text_key}'")
-            row = 0
+            row = size = 0
+            texts: list[str] = []
             for batch in batches:
-                texts = batch.column(0).to_pylist()
-                for i, text in enumerate(texts, row + 1):
+                for text in batch.column(0).to_pylist():
+                    row += 1
                     if not isinstance(text, str):
-                        raise InputError(f"{self.path}, row {i}: no text in column '{self.text_key}'")
-                row += len(texts)
+                        raise InputError(f"{self.path}, row {row}: no text in column '{self.text_key}'")
+                    texts.append(text)
+                    size += len(text)
+                    if size >= _least_block():
+                        yield Block(texts)
+                        texts, size = [], 0
+            if texts:
                 yield Block(texts)
         except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, a damaged page an OSError
             raise InputError(f"{self.path}: {error}") from None

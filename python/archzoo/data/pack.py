@@ -64,9 +64,10 @@ class PackTokenizer(Protocol):
     def encode_documents(
         self, texts: list[str] | Texts, dtype: Literal["uint16", "uint32"], eos: int | None, ends: bool, /
     ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Ids [N] of as many strings, one after the other, and their offsets [n + 1].
+        """Ids [N] of texts one after the other, and their offsets [n + 1].
 
-        After each comes `eos`, unless that is None; after the last one only if it `ends` here.
+        `Texts` can be counted and iterated. After each comes `eos`, unless that is None; after the last one
+        only if it `ends` here.
         """
 
 
@@ -201,7 +202,7 @@ def write_pack(
     one shard.
 
     Args:
-        inputs: files, and folders whose files are taken in the order of their paths.
+        inputs: files, and folders, in each of which what is there is taken by name.
         tokenizer: makes the ids.
         out: created if missing.
         shard_tokens: a shard ends with the document that reaches this.
@@ -259,6 +260,7 @@ class _Packer:
         self.files, self.tokenizer, self.folder, self.settings = files, tokenizer, folder, settings
         here = os.getcwd()
         paths = [os.path.join(here, file.path) for file in files]
+        # `dirname` takes several times as long.
         whole = os.path.join(os.path.commonpath({path[: path.rfind("/") + 1] for path in paths}), "")
         self.names = [path.removeprefix(whole) for path in paths]
         self.hashes: dict[int, str] = {}
@@ -415,12 +417,15 @@ class _Packer:
         waiting: deque[Future[_Encoded]] = deque()
         count = threads()
         with closing(batches), ThreadPoolExecutor(count) as pool:
-            for batch in batches:
-                waiting.append(pool.submit(self._encode, batch))
-                while waiting and (waiting[0].done() or len(waiting) > 2 * count):
+            try:
+                for batch in batches:
+                    waiting.append(pool.submit(self._encode, batch))
+                    while waiting and (waiting[0].done() or len(waiting) > 2 * count):
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error nothing more is encoded
 
     def _encode(self, batch: _Batch) -> _Encoded:
         settings, block = self.settings, batch.block

@@ -37,7 +37,11 @@ const HAN: std::ops::RangeInclusive<usize> = 0x4e00..=0x9f7f;
 /// The bytes of a window, to tell some from the others; each bit is for one.
 pub trait Bytes: Copy {
     /// None where it is not written for the processor: pieces are then found one by one.
-    fn load(text: &[u8; WIDTH]) -> Option<Self>;
+    ///
+    /// # Safety
+    ///
+    /// The processor has the instructions of the type.
+    unsafe fn load(text: &[u8; WIDTH]) -> Option<Self>;
     /// With the bit set that lower case letters have.
     fn lower(self) -> Self;
     /// The bytes from `first` to `last`.
@@ -69,7 +73,7 @@ mod x86_64 {
     #[derive(Clone, Copy)]
     pub struct Avx512(__m512i);
 
-    // SAFETY, here and below: loads are of bytes that are there, and whoever uses a type has its instructions.
+    // SAFETY, here and below: loads are of bytes that are there, and who has a value has its instructions.
     impl Bytes for Sse2 {
         #[inline(always)]
         fn with(self, bit: u8) -> u64 {
@@ -82,7 +86,7 @@ mod x86_64 {
         }
 
         #[inline(always)]
-        fn load(text: &[u8; WIDTH]) -> Option<Self> {
+        unsafe fn load(text: &[u8; WIDTH]) -> Option<Self> {
             let place = text.as_ptr().cast::<__m128i>();
             Some(Self([0, 1, 2, 3].map(|i| unsafe { _mm_loadu_si128(place.add(i)) })))
         }
@@ -113,47 +117,59 @@ mod x86_64 {
         }
     }
 
+    // No closures, as in `Kinds`.
+    impl Avx2 {
+        #[inline(always)]
+        fn joined([low, high]: [__m256i; 2]) -> u64 {
+            let (low, high) = unsafe { (_mm256_movemask_epi8(low), _mm256_movemask_epi8(high)) };
+            u64::from(low as u32) | u64::from(high as u32) << 32
+        }
+    }
+
     impl Bytes for Avx2 {
         #[inline(always)]
         fn with(self, bit: u8) -> u64 {
-            let mask = |i: usize| unsafe {
-                let set = _mm256_cmpeq_epi8(
-                    _mm256_and_si256(self.0[i], _mm256_set1_epi8(bit as i8)),
-                    _mm256_setzero_si256(),
-                );
-                u64::from(_mm256_movemask_epi8(set) as u32) << (32 * i)
-            };
-            !(mask(0) | mask(1))
+            let Self([low, high]) = self;
+            unsafe {
+                let (bit, none) = (_mm256_set1_epi8(bit as i8), _mm256_setzero_si256());
+                let without = [_mm256_and_si256(low, bit), _mm256_and_si256(high, bit)];
+                !Self::joined([_mm256_cmpeq_epi8(without[0], none), _mm256_cmpeq_epi8(without[1], none)])
+            }
         }
 
         #[inline(always)]
-        fn load(text: &[u8; WIDTH]) -> Option<Self> {
+        unsafe fn load(text: &[u8; WIDTH]) -> Option<Self> {
             let place = text.as_ptr().cast::<__m256i>();
-            Some(Self([0, 1].map(|i| unsafe { _mm256_loadu_si256(place.add(i)) })))
+            Some(Self(unsafe { [_mm256_loadu_si256(place), _mm256_loadu_si256(place.add(1))] }))
         }
 
         #[inline(always)]
         fn lower(self) -> Self {
-            Self(self.0.map(|bytes| unsafe { _mm256_or_si256(bytes, _mm256_set1_epi8(0x20)) }))
+            let Self([low, high]) = self;
+            unsafe {
+                let bit = _mm256_set1_epi8(0x20);
+                Self([_mm256_or_si256(low, bit), _mm256_or_si256(high, bit)])
+            }
         }
 
         #[inline(always)]
         fn between(self, first: u8, last: u8) -> u64 {
-            let mask = |i: usize| unsafe {
-                let moved = _mm256_add_epi8(self.0[i], _mm256_set1_epi8(0x80u8.wrapping_sub(first) as i8));
+            let Self([low, high]) = self;
+            unsafe {
+                let shift = _mm256_set1_epi8(0x80u8.wrapping_sub(first) as i8);
                 let end = _mm256_set1_epi8(0x81u8.wrapping_add(last - first) as i8);
-                u64::from(_mm256_movemask_epi8(_mm256_cmpgt_epi8(end, moved)) as u32) << (32 * i)
-            };
-            mask(0) | mask(1)
+                let (low, high) = (_mm256_add_epi8(low, shift), _mm256_add_epi8(high, shift));
+                Self::joined([_mm256_cmpgt_epi8(end, low), _mm256_cmpgt_epi8(end, high)])
+            }
         }
 
         #[inline(always)]
         fn is(self, byte: u8) -> u64 {
-            let mask = |i: usize| unsafe {
-                let same = _mm256_cmpeq_epi8(self.0[i], _mm256_set1_epi8(byte as i8));
-                u64::from(_mm256_movemask_epi8(same) as u32) << (32 * i)
-            };
-            mask(0) | mask(1)
+            let Self([low, high]) = self;
+            unsafe {
+                let byte = _mm256_set1_epi8(byte as i8);
+                Self::joined([_mm256_cmpeq_epi8(low, byte), _mm256_cmpeq_epi8(high, byte)])
+            }
         }
     }
 
@@ -164,7 +180,7 @@ mod x86_64 {
         }
 
         #[inline(always)]
-        fn load(text: &[u8; WIDTH]) -> Option<Self> {
+        unsafe fn load(text: &[u8; WIDTH]) -> Option<Self> {
             Some(Self(unsafe { _mm512_loadu_si512(text.as_ptr().cast()) }))
         }
 
@@ -198,7 +214,7 @@ pub enum Sse2 {}
 
 #[cfg(not(target_arch = "x86_64"))]
 impl Bytes for Sse2 {
-    fn load(_: &[u8; WIDTH]) -> Option<Self> {
+    unsafe fn load(_: &[u8; WIDTH]) -> Option<Self> {
         None
     }
 
@@ -218,7 +234,8 @@ impl Bytes for Sse2 {
 /// The window of 64 bytes as if all were ASCII.
 #[inline(always)]
 fn ascii<B: Bytes>(text: &[u8; WIDTH]) -> Option<Window> {
-    let bytes = B::load(text)?;
+    // SAFETY: `split_family` takes a type whose instructions the processor has; tests take the first.
+    let bytes = unsafe { B::load(text) }?;
     let letter = bytes.lower().between(b'a', b'z');
     let upper = bytes.between(b'A', b'Z');
     let number = bytes.between(b'0', b'9');
@@ -284,8 +301,9 @@ impl Window {
             // What is behind the character is written again, or left out below.
             classes[i..i + LONGEST].fill(table[decode(text, at + i).0]);
         }
-        let kinds =
-            Kinds { bytes: B::load(classes.first_chunk()?)?, others, class: table[*HAN.start()], han };
+        // SAFETY: As in `ascii`.
+        let bytes = unsafe { B::load(classes.first_chunk()?) }?;
+        let kinds = Kinds { bytes, others, class: table[*HAN.start()], han };
         window.letter |= kinds.with(LETTER);
         window.number |= kinds.with(NUMBER);
         window.space |= kinds.with(SPACE);
