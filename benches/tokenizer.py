@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -275,9 +275,15 @@ def main() -> None:
     plot(cells, RESULTS / f"{stem}.png")
 
 
-def batch_times(path: Path, files: list[Path]) -> tuple[float, float]:
+@cache
+def short_documents(files: tuple[Path, ...]) -> list[str]:
+    """Once in a process."""
+    return texts_of(list(files))["2 KB documents"]
+
+
+def batch_times(path: Path, files: tuple[Path, ...]) -> tuple[float, float]:
     """Wall time of fresh and of repeated text in 2 KB documents."""
-    documents = texts_of(files)["2 KB documents"]
+    documents = short_documents(files)
     tokenizer = Tokenizer.from_file(path)
     batch = partial(tokenizer.encode_batch, documents, add_special_tokens=False)
     return timed(batch, cpu=False), timed(batch, cpu=False)
@@ -285,19 +291,17 @@ def batch_times(path: Path, files: list[Path]) -> tuple[float, float]:
 
 def print_scaling(names: list[str], files: list[Path], rounds: int) -> None:
     """What a second thread gives for 2 KB documents: processes of one and of two, in turn."""
-    processes = {}
+    processes = []
     for threads in (1, 2):
         os.environ["RAYON_NUM_THREADS"] = str(threads)
-        processes[threads] = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        processes[threads].submit(_rust.threads).result()
+        processes.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+        processes[-1].submit(_rust.threads).result()
     known = {v.name: v for v in vocabularies(RESULTS)}
     for name in names:
         if name in known:
             ratios = []
             for _ in range(rounds):
-                one, two = (
-                    p.submit(batch_times, known[name].path, files).result() for p in processes.values()
-                )
+                one, two = (p.submit(batch_times, known[name].path, tuple(files)).result() for p in processes)
                 ratios.append([a / b for a, b in zip(one, two, strict=True)])
             shown = [f"{statistics.median(kind):.2f}x" for kind in zip(*ratios, strict=True)]
             print(f"2 threads, {name:9} fresh/repeated {'/'.join(shown)} of one thread", flush=True)

@@ -1,7 +1,6 @@
 //! The files of a folder.
 
 use std::fs::{self, DirEntry, Metadata};
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +9,7 @@ use pyo3::prelude::*;
 use rayon::prelude::*;
 
 use crate::pool;
+use crate::texts::not_read;
 
 /// A path, the bytes there, and the time of their last change in ns.
 type Listed = (String, u64, i64);
@@ -23,10 +23,10 @@ enum Entry {
 /// its place. Links lead to files, not to folders.
 #[pyfunction]
 pub fn list_files(py: Python, folder: PathBuf, suffixes: Vec<String>) -> PyResult<Vec<Listed>> {
-    py.detach(|| pool::run(|| list(&folder, &suffixes)))?.map_err(PyOSError::new_err)
+    py.detach(|| pool::run(|| list(&folder, &suffixes)))?
 }
 
-fn list(folder: &Path, suffixes: &[String]) -> Result<Vec<Listed>, String> {
+fn list(folder: &Path, suffixes: &[String]) -> PyResult<Vec<Listed>> {
     let mut files = Vec::new();
     // No recursion: a folder may be deeper than a stack.
     let mut open = vec![entries(folder, suffixes)?.into_iter()];
@@ -41,13 +41,13 @@ fn list(folder: &Path, suffixes: &[String]) -> Result<Vec<Listed>, String> {
 }
 
 /// What is in one folder, by name.
-fn entries(folder: &Path, suffixes: &[String]) -> Result<Vec<Entry>, String> {
+fn entries(folder: &Path, suffixes: &[String]) -> PyResult<Vec<Entry>> {
     let found = fs::read_dir(folder).and_then(Iterator::collect);
-    let mut found: Vec<DirEntry> = found.map_err(|e| failed(folder, &e))?;
+    let mut found: Vec<DirEntry> = found.map_err(|e| not_read(folder, &e))?;
     found.sort_by_cached_key(DirEntry::file_name);
     let entries = found.into_par_iter().with_min_len(64).map(|entry| {
         let path = entry.path();
-        let kind = entry.file_type().map_err(|e| failed(&path, &e))?;
+        let kind = entry.file_type().map_err(|e| not_read(&path, &e))?;
         if kind.is_dir() {
             return Ok(Some(Entry::Folder(path)));
         }
@@ -58,21 +58,18 @@ fn entries(folder: &Path, suffixes: &[String]) -> Result<Vec<Entry>, String> {
         let found = match kind.is_symlink() {
             // One that leads nowhere, or to itself, is no file.
             true => fs::metadata(&path).ok(),
-            false => Some(entry.metadata().map_err(|e| failed(&path, &e))?),
+            false => Some(entry.metadata().map_err(|e| not_read(&path, &e))?),
         };
         found.filter(Metadata::is_file).map(|found| described(&path, &found)).transpose()
     });
-    let entries: Vec<_> = entries.collect::<Result<_, String>>()?;
+    let entries: Vec<_> = entries.collect::<PyResult<_>>()?;
     Ok(entries.into_iter().flatten().collect())
 }
 
-fn described(path: &Path, found: &Metadata) -> Result<Entry, String> {
+fn described(path: &Path, found: &Metadata) -> PyResult<Entry> {
     let path = path.strip_prefix(".").unwrap_or(path);
-    let name = path.to_str().ok_or_else(|| format!("{}: a name that is not UTF-8", path.display()))?;
+    let unnamed = || PyOSError::new_err(format!("{}: a name that is not UTF-8", path.display()));
+    let name = path.to_str().ok_or_else(unnamed)?;
     let changed = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
     Ok(Entry::File((name.to_owned(), found.len(), changed)))
-}
-
-fn failed(path: &Path, error: &io::Error) -> String {
-    format!("{}: {error}", path.display())
 }

@@ -180,7 +180,8 @@ fn hex(hash: u128) -> String {
     format!("{hash:032x}")
 }
 
-fn not_read(path: &Path, error: &io::Error) -> PyErr {
+/// A path, and why what is there cannot be read.
+pub fn not_read(path: &Path, error: &io::Error) -> PyErr {
     PyOSError::new_err(format!("{}: {error}", path.display()))
 }
 

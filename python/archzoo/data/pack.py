@@ -263,6 +263,7 @@ class _Packer:
         # `dirname` takes several times as long.
         whole = os.path.join(os.path.commonpath({path[: path.rfind("/") + 1] for path in paths}), "")
         self.names = [path.removeprefix(whole) for path in paths]
+        self.bytes = sum(file.size for file in files)
         self.hashes: dict[int, str] = {}
         """Those of the files that this run has read from their start to their end."""
         known = ((name, size, changed) for name, (_, size, changed) in zip(self.names, files, strict=True))
@@ -335,7 +336,7 @@ class _Packer:
             disable=not progress,
         )
         tokens = sum(shard.tokens for shard in self.state.shards)
-        task = bar.add_task("", total=sum(file.size for file in self.files), tokens=tokens)
+        task = bar.add_task("", total=self.bytes, tokens=tokens)
         shard: _Shard | None = None
         number = len(self.state.shards)
         finishing: Future[None] | None = None
@@ -372,9 +373,8 @@ class _Packer:
         """Texts from where the last finished shard ends."""
         i, skip = self.state.place
         before = sum(file.size for file in self.files[:i])
-        total = before + sum(file.size for file in self.files[i:])
         while i < len(self.files):
-            if not skip and (small := self._small(i, block_size(total - before))):
+            if not skip and (small := self._small(i, block_size(self.bytes - before))):
                 files = self.files[i : i + small]
                 before += sum(file.size for file in files)
                 block, hashes = small_texts(files)
