@@ -289,7 +289,8 @@ impl Tokenizer {
             .enumerate()
             .map(|(i, texts)| {
                 let bytes: usize = texts.iter().map(|t| t.as_ref().len()).sum();
-                let mut ids = Vec::with_capacity(bytes / 3);
+                // There are not more, and memory that is not touched costs less than growing.
+                let mut ids = Vec::with_capacity(bytes);
                 let mut ends = Vec::with_capacity(texts.len());
                 self.with_scratch(i, tasks.len(), |scratch| {
                     for text in *texts {
@@ -420,7 +421,7 @@ impl Tokenizer {
     fn encode_parts(&self, texts: &[&str], is_first: bool, out: &mut Vec<u32>) -> Result<()> {
         let parts = &self.parts;
         let encode = |(i, text): (usize, &&str)| {
-            let mut ids = Vec::with_capacity(text.len() / 3);
+            let mut ids = Vec::with_capacity(text.len());
             self.with_scratch(i, texts.len(), |scratch| {
                 let mut encoder =
                     Encoder { model: &parts.model, scratch, out: &mut ids, counted: None, spans: None };
