@@ -171,6 +171,12 @@ const TASK_BYTES: usize = 1 << 15;
 /// Bytes of a long text that one task encodes, at least.
 const PART_BYTES: usize = 1 << 17;
 
+/// Ids to make room for before so many bytes are encoded: mostly there are not more, and memory that is not touched
+/// costs less than growing.
+fn room(bytes: usize) -> usize {
+    bytes.min(1 << 24)
+}
+
 impl Tokenizer {
     /// Reads a `tokenizer.json`, a GGUF file's vocabulary, a SentencePiece file, Mistral's Tekken, or a tiktoken
     /// rank file with the name of its pattern (or the pattern itself).
@@ -269,6 +275,9 @@ impl Tokenizer {
 
     /// Appends the ids of a text to `out`; of a long one on the threads of the current pool, if there is one.
     pub fn encode(&self, text: &str, options: Options, out: &mut Vec<u32>) -> Result<()> {
+        if text.len() >= 2 * PART_BYTES {
+            out.reserve(room(text.len()));
+        }
         self.with_scratch(0, 1, |scratch| self.encode_with(text, options, scratch, out, None).map(drop))
     }
 
@@ -289,8 +298,7 @@ impl Tokenizer {
             .enumerate()
             .map(|(i, texts)| {
                 let bytes: usize = texts.iter().map(|t| t.as_ref().len()).sum();
-                // There are not more, and memory that is not touched costs less than growing.
-                let mut ids = Vec::with_capacity(bytes);
+                let mut ids = Vec::with_capacity(room(bytes));
                 let mut ends = Vec::with_capacity(texts.len());
                 self.with_scratch(i, tasks.len(), |scratch| {
                     for text in *texts {
@@ -421,7 +429,7 @@ impl Tokenizer {
     fn encode_parts(&self, texts: &[&str], is_first: bool, out: &mut Vec<u32>) -> Result<()> {
         let parts = &self.parts;
         let encode = |(i, text): (usize, &&str)| {
-            let mut ids = Vec::with_capacity(text.len());
+            let mut ids = Vec::with_capacity(room(text.len()));
             self.with_scratch(i, texts.len(), |scratch| {
                 let mut encoder =
                     Encoder { model: &parts.model, scratch, out: &mut ids, counted: None, spans: None };
